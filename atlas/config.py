@@ -1,0 +1,237 @@
+"""What a configuration may hold, checked without torch and all at once."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atlas.errors import ConfigError, nearest
+from atlas.identity import flat
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+SCALINGS = ("none", "linear", "sqrt")
+DEVICES = ("auto", "cpu", "cuda")
+SECRETS = ("token", "password", "secret", "api_key")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What one key may be: its `type`, bounds, `choices`, and whether null or `auto` will do."""
+
+    type: type
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    null: bool = False
+    auto: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`, as the end of a sentence, or None."""
+        if value is None:
+            return None if self.null else f"must be {self.wanted}, not null"
+        if self.auto and value == "auto":
+            return None
+        if self.choices:
+            return (
+                None
+                if value in self.choices
+                else f"is not known{nearest(str(value), self.choices)}"
+            )
+        if not self._has_type(value):
+            return f"must be {self.wanted}"
+        if self.type in (int, float) and not self._in_range(value):
+            return f"must be {self.wanted}"
+        return None
+
+    def _has_type(self, value: Any) -> bool:
+        if self.type is bool or isinstance(value, bool):
+            return self.type is bool and isinstance(value, bool)
+        if self.type is float:
+            return isinstance(value, int | float)
+        return isinstance(value, self.type)
+
+    def _in_range(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+        )
+
+    @property
+    def wanted(self) -> str:
+        """The permitted values in words."""
+        names = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "text",
+            dict: "a mapping",
+            list: "a list",
+        }
+        words = [names[self.type]]
+        if self.minimum is not None:
+            words.append(f"of at least {self.minimum:g}")
+        if self.above is not None:
+            words.append(f"above {self.above:g}")
+        if self.maximum is not None:
+            words.append(f"and at most {self.maximum:g}")
+        text = " ".join(words)
+        if self.auto:
+            text += ", or auto"
+        return text + (", or null" if self.null else "")
+
+
+COUNT = Key(int, minimum=1)
+OPTIONAL_COUNT = Key(int, minimum=1, null=True)
+MINUTES = Key(float, above=0, null=True)
+KEYS: dict[str, Key] = {
+    "name": Key(str),
+    "seed": Key(int, minimum=0, maximum=2**63 - 1),
+    "outputs": Key(str),
+    "objective": Key(str),
+    "init_from": Key(str, null=True),
+    "resume": Key(str, null=True),
+    "fresh": Key(bool),
+    "dry_run": Key(bool),
+    "trainer.steps": COUNT,
+    "trainer.accumulate": COUNT,
+    "trainer.val_interval": Key(int, minimum=1, auto=True, null=True),
+    "trainer.val_batches": OPTIONAL_COUNT,
+    "trainer.log_interval": COUNT,
+    "trainer.log_samples": Key(bool),
+    "trainer.save_interval": OPTIONAL_COUNT,
+    "trainer.save_minutes": MINUTES,
+    "trainer.keep": COUNT,
+    "trainer.patience": OPTIONAL_COUNT,
+    "trainer.precision": Key(str, choices=PRECISIONS),
+    "trainer.compile": Key(bool),
+    "trainer.deterministic": Key(bool),
+    "trainer.clip_norm": Key(float, above=0, null=True),
+    "trainer.ema": Key(float, above=0, maximum=0.999999, null=True),
+    "trainer.max_time": MINUTES,
+    "trainer.progress": Key(bool, auto=True),
+    "optim.lr": Key(float, above=0),
+    "optim.scale_lr": Key(str, choices=SCALINGS),
+    "optim.base_batch_size": COUNT,
+    "optim.lr_multipliers": Key(dict, null=True),
+    "optim.optimizer": Key(dict),
+    "data.batch_size": COUNT,
+    "data.workers": Key(int, minimum=0),
+    "data.train": Key(dict),
+    "data.val": Key(dict, null=True),
+    "cluster.nodes": COUNT,
+    "cluster.nproc_per_node": Key(int, minimum=1, auto=True),
+    "cluster.device": Key(str, choices=DEVICES),
+    "schedule._target_": Key(str),
+    "model._target_": Key(str),
+}
+# The sections in which every key is Atlas's own; elsewhere a person's own keys are welcome.
+CLOSED = ("trainer", "optim")
+TOP = ("model", "optim", "schedule", "data", "cluster", "tracking", "trainer", "run")
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise one `ConfigError` with everything that is wrong in a resolved `config`."""
+    problems = [
+        *_missing(config),
+        *_unknown(config),
+        *_values(config),
+        *_secrets(config),
+    ]
+    if not problems:
+        problems = [*_relations(config), *_paths(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _lookup(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False, None
+        node = node[part]
+    return True, node
+
+
+def _missing(config: Mapping[str, Any]) -> Iterator[str]:
+    values = {key: value for key, value in flat(config).items() if value == "???"}
+    for key in values:
+        yield f"{key} is not set; give it a value, for example on the command line: {key}=…"
+    for key, spec in KEYS.items():
+        found, _ = _lookup(config, key)
+        if not found and not spec.null:
+            yield f"{key} is missing from the configuration; it must be {spec.wanted}"
+
+
+def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
+    top = {key for key in KEYS if "." not in key} | set(TOP)
+    for key in config:
+        if key not in top:
+            yield f"{key} is not a key of Atlas{nearest(key, top)}"
+    for section in CLOSED:
+        known = [k.partition(".")[2] for k in KEYS if k.startswith(f"{section}.")]
+        for key in config.get(section) or {}:
+            if key not in known:
+                yield f"{section}.{key} is not a key of Atlas{nearest(key, known)}"
+
+
+def _values(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, spec in KEYS.items():
+        found, value = _lookup(config, key)
+        if not found or value == "???":
+            continue
+        problem = spec.problem(value)
+        if problem:
+            yield f"{key}={value!r} {problem}"
+    multipliers = _lookup(config, "optim.lr_multipliers")[1]
+    for path, factor in (multipliers if isinstance(multipliers, Mapping) else {}).items():
+        problem = Key(float, minimum=0).problem(factor)
+        if problem:
+            yield f"optim.lr_multipliers.{path}={factor!r} {problem}"
+    schedule = config.get("schedule") or {}
+    for name, key in (("warmup", Key(int, minimum=0)), ("floor", Key(float, minimum=0, maximum=1))):
+        if name in schedule and (problem := key.problem(schedule[name])):
+            yield f"schedule.{name}={schedule[name]!r} {problem}"
+
+
+def _secrets(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in flat(config).items():
+        last = key.rpartition(".")[2].lower()
+        if last in SECRETS and value not in (None, ""):
+            yield (
+                f"{key} holds a secret, and a configuration is kept and shown; put it into the "
+                f"environment, for example {last.upper()}, and read it there"
+            )
+
+
+def _relations(config: Mapping[str, Any]) -> Iterator[str]:
+    steps = config["trainer"]["steps"]
+    warmup = (config.get("schedule") or {}).get("warmup")
+    if isinstance(warmup, int) and warmup >= steps:
+        yield (
+            f"schedule.warmup={warmup} must be below trainer.steps={steps}; "
+            f"shorten the warm-up or train for longer"
+        )
+    if config["resume"] and config["fresh"]:
+        yield "resume and fresh=true contradict each other; give one of them"
+    if config["trainer"]["patience"] and config["data"].get("val") is None:
+        yield (
+            f"trainer.patience={config['trainer']['patience']} counts validations and there is "
+            "no data.val; add a validation set or set trainer.patience=null"
+        )
+
+
+def _paths(config: Mapping[str, Any]) -> Iterator[str]:
+    outputs = Path(config["outputs"]).absolute()
+    existing = next(p for p in (outputs, *outputs.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield f"outputs={config['outputs']}: {existing} is not a folder that can be written to"
+    root = config["data"].get("root")
+    if isinstance(root, str) and not Path(root).exists():
+        yield f"data.root={root} does not exist; give the folder that holds the data set"

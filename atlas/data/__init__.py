@@ -1,0 +1,1 @@
+"""Data sets: map-style, the index of a sample is its id."""

@@ -1,0 +1,390 @@
+"""Robot recordings in LeRobot's format v2.1 as samples of camera frames, states and action chunks.
+
+A sample is a frame of an episode: what the cameras see in it, the states up to it, its instruction
+and the targets that follow. Episodes of which a file is missing are left out and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from atlas.data.recordings import Recordings, Table, open_recordings
+from atlas.data.video import FrameCache, Video, open_frames
+from atlas.errors import ConfigError, nearest
+
+logger = logging.getLogger("atlas")
+
+BLOCK = 4096  # samples at a time where all are gone through, so that memory stays small
+RIDGE = 0.01  # the penalty of the ridge regression, as a share of a standardised feature's square
+
+
+@dataclass(eq=False)
+class LeRobot:
+    """A map-style data set over one split of the LeRobot v2.1 folder `root`.
+
+    `val_episodes`: the last so many of the episodes that are there are the split "val", all
+    before them "train". `cameras`: keys of video features, in the order of the views; None takes
+    all. `image_size`: [H, W] to which whole frames are resized, whatever their aspect. `history`:
+    number K of states, the current one included. `horizon`: number T of targets in a chunk.
+
+    `action_key` None takes the states that follow as the targets. `action_offset`: the first
+    target is that of so many rows later; None derives it: 0 where the recorded action is a command
+    of its own, and 1 where it is the state of its row (or there is none), since a target that
+    equals the current state is right without anything having been learned.
+
+    `relative`: a model is to predict targets less the current state, so the statistics are of
+    those; the samples' actions are absolute all the same. `on_missing`: "skip" leaves out
+    episodes of which a file is not there and says how many, "error" raises. `cache_dir`: where
+    decoded frames are kept; None is $ATLAS_CACHE/frames, or ~/.cache/atlas/frames.
+
+    Raises ConfigError with key, value and remedy. Videos are decoded by `prepare`, or when a
+    first sample is asked for.
+    """
+
+    root: str | Path
+    split: str = "train"
+    cameras: Sequence[str] | None = None
+    image_size: Sequence[int] = (64, 64)
+    state_key: str = "observation.state"
+    action_key: str | None = "action"
+    action_offset: int | None = None
+    horizon: int = 8
+    history: int = 4
+    relative: bool = True
+    val_episodes: int = 2
+    on_missing: str = "skip"
+    cache_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        _raise(_wrong_values(self) + _missing_packages())
+        recordings = open_recordings(Path(self.root).expanduser())
+        self.cameras = list(recordings.cameras if self.cameras is None else self.cameras)
+        _raise(_wrong_keys(self, recordings))
+        present, self.missing = _find_episodes(self, recordings)
+        self.episodes = _split_episodes(self, present)
+        tables = _read_tables(self, recordings)
+        if self.action_offset is None:
+            # From the folder's first episode, so that both splits come to the same.
+            first = recordings.read(present[0], self.state_key, self.action_key)
+            self.action_offset = 0 if first.has_commands else 1
+        self._index(tables)
+        self._tasks = recordings.tasks
+        self._cache = FrameCache(_cache_directory(self.cache_dir), *map(int, self.image_size))
+        fps = float(recordings.info["fps"])
+        self._videos = [
+            [Video(recordings.video(e, camera), len(table.state), fps) for camera in self.cameras]
+            for e, table in zip(self.episodes, tables, strict=True)
+        ]
+        self._files: list[list[Path]] = []  # of frames, by episode and camera, once prepared
+
+    def _index(self, tables: list[Table]) -> None:
+        """Put the episodes' rows after each other, and remember where each begins and ends."""
+        lengths = np.array([len(table.state) for table in tables])
+        ends = np.cumsum(lengths)
+        self._states = np.concatenate([table.state for table in tables])
+        targets = [table.state if table.action is None else table.action for table in tables]
+        self._targets = np.concatenate(targets)
+        self._task = np.concatenate([table.task for table in tables])
+        self._episode = np.repeat(np.arange(len(tables)), lengths)
+        self._begin = np.repeat(ends - lengths, lengths)
+        self._end = np.repeat(ends, lengths)
+        # A sample's row; rows with not one target left in their episode are none.
+        rows = np.arange(ends[-1])
+        self._row = rows[rows + (self.action_offset or 0) < self._end]
+        if not self._row.size:
+            raise ConfigError(
+                f"data.action_offset={self.action_offset} is past the end of every episode of the "
+                f"split {self.split}; the longest has {lengths.max()} rows"
+            )
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample: as in `batch`, without the leading dimension, `instruction` a str."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return {key: value[0] for key, value in self.batch([index]).items()}
+
+    def batch(self, ids: Sequence[int], seeds: Sequence[int] | None = None) -> dict[str, Any]:
+        """The samples `ids`, collated; `seeds` are for augmentation, of which there is none.
+
+        `images` uint8 [B, V, 3, H, W]; `state` float32 [B, K, S], oldest first, the first row
+        repeated before the episode's begin; `instruction` list of str; `actions` float32
+        [B, T, A] in the data's units; `action_mask` bool [B, T], False past the episode's end.
+        """
+        rows = self._row[np.asarray(ids, np.int64)]
+        state, actions, mask = self._vectors(rows)
+        return {
+            "images": torch.from_numpy(self._images(rows)),
+            "state": torch.from_numpy(state),
+            "instruction": [self._tasks[task] for task in self._task[rows].tolist()],
+            "actions": torch.from_numpy(actions),
+            "action_mask": torch.from_numpy(mask),
+        }
+
+    def prepare(self) -> None:
+        """Decode what is not in the frame cache yet; several processes share the work.
+
+        Raises ConfigError naming every video that is damaged or too short.
+        """
+        if not self._files:
+            self._cache.fill([video for videos in self._videos for video in videos])
+            self._files = [[self._cache.file(video) for video in videos] for videos in self._videos]
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """What a model must know of the data, all of it from the training split; plain values.
+
+        The statistics of `velocity` are of a state less the one before it: a robot moves little in
+        a frame, so that in the scale of the states its motion would not be seen.
+        """
+        if self.split != "train":
+            return replace(self, split="train").spec
+        instructions = " ".join(self._tasks[task] for task in np.unique(self._task).tolist())
+        return {
+            "cameras": list(self.cameras or []),
+            "image_size": [self._cache.height, self._cache.width],
+            "state_dim": self._states.shape[1],
+            "history": self.history,
+            "action_dim": self._targets.shape[1],
+            "horizon": self.horizon,
+            "vocabulary": sorted(set(re.findall(r"[^\W_]+", instructions.lower()))),
+            "relative": self.relative,
+            "statistics": {
+                "state": _statistics([self._states]),
+                "velocity": _statistics([self._velocities()]),
+                "actions": _statistics(self._all_targets(self.relative)),
+            },
+        }
+
+    def baselines(self, train: LeRobot) -> dict[str, float]:
+        """Mean absolute errors, over this split's valid elements, of what needs no network.
+
+        `mean_action`: the training split's mean target; where targets and states are of one size,
+        also `hold_state`: the current state, and `ridge`: it and a linear function of the
+        differences between the states of the history, fitted to the training split.
+        """
+        mean = np.array(_statistics(train._all_targets(relative=False))["mean"])
+        guesses: dict[str, Callable[[np.ndarray], np.ndarray]] = {"mean_action": lambda state: mean}
+        if self._states.shape[1] == self._targets.shape[1]:
+            weights = _fit_ridge(train)
+            guesses["hold_state"] = lambda state: state[:, -1:]
+            guesses["ridge"] = lambda state: _predict_ridge(weights, state)
+        return {name: _mean_error(self, guess) for name, guess in guesses.items()}
+
+    def _vectors(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """State [B, K, S], absolute targets [B, T, A] and mask [B, T] of samples at `rows`."""
+        past = rows[:, None] + np.arange(1 - self.history, 1)
+        future = rows[:, None] + (self.action_offset or 0) + np.arange(self.horizon)
+        end = self._end[rows, None]
+        state = self._states[np.maximum(past, self._begin[rows, None])]
+        # Past the end the last target again: any finite value would do, the mask leaves it out.
+        return state, self._targets[np.minimum(future, end - 1)], future < end
+
+    def _images(self, rows: np.ndarray) -> np.ndarray:
+        self.prepare()
+        cache = self._cache
+        shape = (len(rows), len(self._videos[0]), 3, cache.height, cache.width)
+        images = np.empty(shape, np.uint8)
+        places = zip(self._episode[rows].tolist(), (rows - self._begin[rows]).tolist(), strict=True)
+        for sample, (episode, frame) in enumerate(places):
+            for view, file in enumerate(self._files[episode]):
+                images[sample, view] = open_frames(file)[frame]
+        return images
+
+    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """`_vectors` of all samples, some thousands at a time."""
+        for start in range(0, len(self), BLOCK):
+            yield self._vectors(self._row[start : start + BLOCK])
+
+    def _velocities(self) -> np.ndarray:
+        """Each row's state less that of the row before it, of rows that have one: [*, S]."""
+        within = self._begin[1:] == self._begin[:-1]
+        return np.diff(self._states, axis=0)[within]
+
+    def _all_targets(self, relative: bool) -> Iterator[np.ndarray]:
+        """The valid targets of all chunks, less the current state if `relative`: [*, A]."""
+        for state, actions, mask in self._blocks():
+            yield (actions - state[:, -1:] if relative else actions)[mask]
+
+
+def _statistics(parts: Iterable[np.ndarray]) -> dict[str, list[float]]:
+    """Mean and standard deviation of each column of arrays [*, D] put after each other."""
+    count, total, square = 0, np.zeros(()), np.zeros(())
+    for part in parts:
+        part = part.astype(np.float64)
+        count += len(part)
+        total = total + part.sum(axis=0)
+        square = square + (part**2).sum(axis=0)
+    mean = total / count
+    std = np.sqrt(np.maximum(square / count - mean**2, 0))
+    # A joint that (nearly) never moved is not blown up to the size of those that did.
+    floor = 1e-3 * std.max() or 1.0
+    return {"mean": mean.tolist(), "std": np.maximum(std, floor).tolist()}
+
+
+def _features(state: np.ndarray) -> np.ndarray:
+    """Of states [B, K, S]: the K - 1 differences between neighbours and a one, [B, F]."""
+    flat = np.diff(state.astype(np.float64), axis=1).reshape(len(state), -1)
+    return np.concatenate([flat, np.ones((len(state), 1))], axis=1)
+
+
+def _fit_ridge(train: LeRobot) -> np.ndarray:
+    """Weights [F, T, A] from `_features` to the targets less the current state."""
+    gram = moment = np.zeros(())
+    for state, actions, mask in train._blocks():
+        x, y = _features(state), actions - state[:, -1:]
+        gram = gram + np.einsum("bf,bt,bg->tfg", x, mask, x, optimize=True)
+        moment = moment + np.einsum("bf,bt,bta->tfa", x, mask, y, optimize=True)
+    # The penalty goes with each feature's own square, so units and slow joints do not matter.
+    diagonal = np.einsum("tff->tf", gram)
+    diagonal += RIDGE * diagonal + 1e-12
+    return np.linalg.solve(gram, moment).transpose(1, 0, 2)
+
+
+def _predict_ridge(weights: np.ndarray, state: np.ndarray) -> np.ndarray:
+    return state[:, -1:] + np.einsum("bf,fta->bta", _features(state), weights, optimize=True)
+
+
+def _mean_error(data: LeRobot, guess: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Mean absolute error of `guess(state)`, which broadcasts to [B, T, A], where it is valid."""
+    total, count = 0.0, 0
+    for state, actions, mask in data._blocks():
+        errors = np.abs(guess(state) - actions)[mask]
+        total, count = total + float(errors.sum(dtype=np.float64)), count + errors.size
+    return total / count
+
+
+def _wrong_values(data: LeRobot) -> list[str]:
+    """What can be told without a look at the folder."""
+    problems = []
+    for name, least in (("horizon", 1), ("history", 1), ("val_episodes", 0)):
+        value = getattr(data, name)
+        if not isinstance(value, int) or value < least:
+            problems.append(f"data.{name}={value} must be a whole number from {least} up")
+    offset = data.action_offset
+    if offset is not None and (not isinstance(offset, int) or offset < 0):
+        problems.append(f"data.action_offset={offset} must be null or a number of rows from 0 up")
+    size = data.image_size
+    if (
+        isinstance(size, int)
+        or len(size) != 2
+        or not all(isinstance(n, int) and n > 0 for n in size)
+    ):
+        problems.append(f"data.image_size={size} must be two numbers of pixels, as [64,64] (H, W)")
+    for name, choices in (("split", ("train", "val")), ("on_missing", ("skip", "error"))):
+        if (value := getattr(data, name)) not in choices:
+            problems.append(f"data.{name}={value} is unknown{nearest(str(value), choices)}")
+    return problems
+
+
+def _missing_packages() -> list[str]:
+    missing = [name for name in ("pyarrow", "av") if find_spec(name) is None]
+    if not missing:
+        return []
+    return [f"data=lerobot needs {' and '.join(missing)}: pip install -e '.[vla]'"]
+
+
+def _wrong_keys(data: LeRobot, recordings: Recordings) -> list[str]:
+    """What does not fit the features that meta/info.json names."""
+    problems = []
+    if not data.cameras:
+        problems.append(
+            "data.cameras is empty, and a sample has a frame of at least one camera"
+            f"{nearest('', recordings.cameras)}"
+        )
+    for camera in data.cameras or []:
+        if camera not in recordings.cameras:
+            problems.append(
+                f"data.cameras: {camera} is no video{nearest(camera, recordings.cameras)}"
+            )
+    sizes = recordings.vectors
+    for name in ("state_key", "action_key"):
+        key = getattr(data, name)
+        if key not in sizes and (key is not None or name == "state_key"):
+            problems.append(f"data.{name}={key} is no vector of floats{nearest(str(key), sizes)}")
+    if problems or data.action_key is None:
+        return problems
+    state, action = sizes[data.state_key], sizes[data.action_key]
+    if data.relative and state != action:
+        problems.append(
+            f"data.relative=true takes {data.action_key} ({action} numbers) less {data.state_key} "
+            f"({state} numbers), which must be of one size; set data.relative=false"
+        )
+    return problems
+
+
+def _find_episodes(data: LeRobot, recordings: Recordings) -> tuple[list[int], list[int]]:
+    """The episodes of which all files are there, and those of which one is not."""
+    present: list[int] = []
+    missing: list[int] = []
+    for episode in recordings.lengths:
+        files = recordings.files(episode, list(data.cameras or []))
+        (present if all(file.is_file() for file in files) else missing).append(episode)
+    if missing:
+        first = next(
+            f for f in recordings.files(missing[0], list(data.cameras or [])) if not f.is_file()
+        )
+        said = (
+            f"{recordings.root}: {len(missing)} of the {len(recordings.lengths)} episodes that "
+            f"meta/episodes.jsonl names are not there (the first: {first})"
+        )
+        if data.on_missing == "error":
+            raise ConfigError(f"{said}; fetch them, or leave them out: data.on_missing=skip")
+        _warn_once(f"{said}; they are left out")
+    return present, missing
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    """Both splits find the same; it is said once a process."""
+    logger.warning(message)
+
+
+def _split_episodes(data: LeRobot, present: list[int]) -> list[int]:
+    """The episodes of the split, at least one."""
+    cut = len(present) - data.val_episodes
+    episodes = present[: max(cut, 0)] if data.split == "train" else present[max(cut, 0) :]
+    if not episodes:
+        raise ConfigError(
+            f"data.val_episodes={data.val_episodes} of the {len(present)} episodes under "
+            f"data.root={data.root} leaves none for the split {data.split}; "
+            + ("take fewer" if data.split == "train" else "take at least one")
+            if present
+            else f"data.root={data.root} has not one complete episode; fetch its files"
+        )
+    return episodes
+
+
+def _read_tables(data: LeRobot, recordings: Recordings) -> list[Table]:
+    """The tables of the split's episodes; what is wrong with any of them in one message."""
+    tables, problems = [], []
+    for episode in data.episodes:
+        try:
+            tables.append(recordings.read(episode, data.state_key, data.action_key))
+        except ConfigError as error:
+            problems += error.problems
+    _raise(problems)
+    return tables
+
+
+def _cache_directory(cache_dir: str | Path | None) -> Path:
+    default = Path(os.environ.get("ATLAS_CACHE", "~/.cache/atlas")) / "frames"
+    return Path(cache_dir or default).expanduser()
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,195 @@
+"""The embedded data set: demonstrations of touching a named object on a simulated table top."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atlas.data import simulator
+from atlas.data.simulator import Floats, Ints, Pixels, Scenes
+from atlas.errors import ConfigError
+
+TRAIN, VAL, ROLLOUT = range(3)  # streams of scenes that have no scene in common
+EXECUTED = 4  # actions of a predicted chunk that a rollout executes before it asks again
+ROLLOUT_STEPS = 36  # the longest demonstrations take about 30
+
+Batch = dict[str, Any]
+Policy = Callable[[Batch], Tensor]
+
+
+class Tabletop:
+    """Frames of demonstrations; a sample is what the cameras see and the next `horizon` actions.
+
+    split: `train` has `episodes` demonstrations, `val` has `val_episodes` others.
+    seed: all scenes, demonstrations and rollouts are a function of it.
+    horizon: actions in a chunk. rollouts: scenes for `rollout`, in neither split.
+    blank_instruction: every instruction is the empty string, to measure what language is worth.
+    augment: `batch` shifts each view by up to this many pixels, each way (0: not at all).
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        episodes: int = 500,
+        val_episodes: int = 50,
+        seed: int = 0,
+        horizon: int = 8,
+        rollouts: int = 50,
+        blank_instruction: bool = False,
+        augment: int = 0,
+    ) -> None:
+        _check(split, episodes, val_episodes, horizon, augment)
+        self.split, self.seed, self.horizon, self.augment = split, seed, horizon, augment
+        self.scenes, self.blank_instruction = rollouts, blank_instruction
+        training = _demonstrations(seed, TRAIN, episodes)
+        own = training if split == "train" else _demonstrations(seed, VAL, val_episodes)
+        self.episode, self.ends = own.episode, own.ends
+        self.states, self.actions = own.states, own.actions
+        self.instructions = [""] * len(own.scenes) if blank_instruction else own.instructions
+        self.images = simulator.draw_tables(own.scenes)[own.episode]
+        simulator.draw_grippers(self.images, self.states)
+        self.spec: dict[str, Any] = {
+            "cameras": list(simulator.CAMERAS),
+            "image_size": [simulator.SIZE, simulator.SIZE],
+            "state_dim": 2,
+            "history": 1,
+            "action_dim": 2,
+            "horizon": horizon,
+            "vocabulary": sorted({w for text in training.instructions for w in text.split()}),
+            "relative": False,
+            "statistics": {
+                "state": _statistics(training.states),
+                "actions": _statistics(training.actions),
+            },
+        }
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One sample: images uint8 [V, 3, H, W], state [1, 2], instruction, actions [T, 2]
+        in table widths a step, action_mask [T], False past the episode's end."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        batch = self._gather(np.array([index % len(self)]))
+        return {key: value[0] for key, value in batch.items()}
+
+    def batch(self, ids: Sequence[int] | Ints, seeds: Sequence[int] | Ints | None = None) -> Batch:
+        """The samples of these ids, collated; augmented by one seed a sample, if at all."""
+        batch = self._gather(np.asarray(ids, np.int64))
+        if self.augment and seeds is not None:
+            shifted = _shift(batch["images"].numpy(), np.asarray(seeds), self.augment)
+            batch["images"] = torch.from_numpy(shifted)
+        return batch
+
+    def _gather(self, ids: Ints) -> Batch:
+        ends = self.ends[self.episode[ids]]
+        steps = ids[:, None] + np.arange(self.horizon)
+        mask = steps < ends[:, None]
+        chunks = self.actions[np.minimum(steps, ends[:, None] - 1)] * mask[..., None]
+        return {
+            "images": torch.from_numpy(self.images[ids]),
+            "state": torch.from_numpy(self.states[ids][:, None]),
+            "instruction": [self.instructions[e] for e in self.episode[ids]],
+            "actions": torch.from_numpy(chunks.astype(np.float32)),
+            "action_mask": torch.from_numpy(mask),
+        }
+
+    def rollout(self, policy: Policy, scenes: Sequence[int]) -> dict[str, Floats]:
+        """Let `policy` act in these scenes, all in lock-step; one value a scene.
+
+        policy: raw observations (images uint8 [B, V, 3, H, W], state [B, 1, 2], instruction) to
+        actions [B, T, 2] in table widths a step, of which the first few are executed.
+        Returns `success`, 1 where the gripper ends on the named object and else 0, and
+        `distance`, how far from its centre it ends, in table widths.
+        """
+        world = simulator.draw_scenes(self.seed, ROLLOUT, [int(i) for i in scenes])
+        instructions = [""] * len(world) if self.blank_instruction else world.instructions()
+        tables, grippers = simulator.draw_tables(world), world.starts
+        for _ in range(0, ROLLOUT_STEPS, EXECUTED):
+            images = tables.copy()
+            simulator.draw_grippers(images, grippers)
+            observation = {
+                "images": torch.from_numpy(images),
+                "state": torch.from_numpy(grippers[:, None]),
+                "instruction": instructions,
+            }
+            chunk = policy(observation).detach().float().cpu().numpy()
+            for step in range(min(EXECUTED, chunk.shape[1])):
+                grippers = simulator.move(grippers, chunk[:, step])
+        distance = np.linalg.norm(grippers - world.targets, axis=-1).astype(np.float32)
+        success = simulator.on_target(world, grippers).astype(np.float32)
+        return {"success": success, "distance": distance}
+
+    def baselines(self, train: Tabletop) -> dict[str, float]:
+        """L1 over this split's valid actions, in table widths a step, without a model."""
+        mean = np.array(train.spec["statistics"]["actions"]["mean"], np.float32)
+        batch = self._gather(np.arange(len(self)))
+        errors = np.abs(batch["actions"].numpy() - mean)[batch["action_mask"].numpy()]
+        return {"mean_action": float(errors.mean(dtype=np.float64))}
+
+
+class _Demonstrations:
+    """Episodes one after the other: a row of `states` and `actions` is a frame."""
+
+    def __init__(self, scenes: Scenes) -> None:
+        states, actions, lengths = simulator.demonstrate(scenes)
+        within = np.arange(states.shape[1]) < lengths[:, None]
+        self.scenes, self.instructions = scenes, scenes.instructions()
+        self.states, self.actions = states[within], actions[within]
+        self.episode: Ints = np.repeat(np.arange(len(scenes)), lengths)
+        self.ends: Ints = np.cumsum(lengths)  # one past the last frame of each episode
+
+
+@lru_cache(maxsize=4)
+def _demonstrations(seed: int, stream: int, episodes: int) -> _Demonstrations:
+    """Without images, so that both splits can know the training statistics at no cost."""
+    return _Demonstrations(simulator.draw_scenes(seed, stream, list(range(episodes))))
+
+
+def _statistics(values: Floats) -> dict[str, list[float]]:
+    exact = values.astype(np.float64)
+    return {"mean": exact.mean(axis=0).tolist(), "std": exact.std(axis=0).tolist()}
+
+
+def _check(split: str, episodes: int, val_episodes: int, horizon: int, augment: int) -> None:
+    if split not in ("train", "val"):
+        raise ConfigError(f"data split={split!r} is unknown: use 'train' or 'val'")
+    for key, value in [
+        ("episodes", episodes),
+        ("val_episodes", val_episodes),
+        ("horizon", horizon),
+    ]:
+        if value < 1:
+            raise ConfigError(f"data.{key}={value} must be at least 1")
+    if not 0 <= augment < simulator.SIZE // 2:
+        raise ConfigError(f"data.train.augment={augment} must be 0 to {simulator.SIZE // 2 - 1} px")
+
+
+def _shift(images: Pixels, seeds: NDArray[Any], most: int) -> Pixels:
+    """Move each view by up to `most` pixels each way, repeating the border; one seed a sample."""
+    count, views, _, height, width = images.shape
+    lanes = np.arange(2 * views, dtype=np.uint64)
+    draws = _hash(_hash(seeds.astype(np.uint64))[:, None] + lanes)
+    offsets = (draws % np.uint64(2 * most + 1)).astype(np.int64).reshape(count, views, 2)
+    border = [(0, 0)] * 3 + [(most, most)] * 2
+    padded, shifted = np.pad(images, border, mode="edge"), np.empty_like(images)
+    for sample, view in np.ndindex(count, views):
+        down, right = offsets[sample, view]
+        window = np.s_[:, down : down + height, right : right + width]
+        shifted[sample, view] = padded[sample, view][window]
+    return shifted
+
+
+def _hash(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele et al. 2014): a generator a sample would cost more than the batch."""
+    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

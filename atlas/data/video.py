@@ -1,0 +1,213 @@
+"""Video frames, decoded once and kept on disk: whole episodes, resized, one file each.
+
+A random frame of a compressed video costs several milliseconds, a row of a file that the kernel
+has in memory a few microseconds; and the file is shared by workers, ranks, runs and sweeps.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from atlas.errors import ConfigError
+
+logger = logging.getLogger("atlas")
+
+LOG_EVERY = 10.0  # seconds between two lines about a long decode
+
+
+class VideoError(Exception):
+    """A video cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, the number of frames that its table has rows, and their rate in 1/s."""
+
+    path: Path
+    frames: int
+    fps: float
+
+    def decode(self, height: int, width: int) -> Iterator[np.ndarray]:
+        """Its first `frames` frames in order, each uint8 [3, height, width].
+
+        Raises VideoError where it cannot be decoded, ends early or runs at another rate.
+        """
+        import av
+
+        count = 0
+        try:
+            with av.open(str(self.path)) as container:
+                stream = container.streams.video[0]
+                self._check_rate(stream.average_rate)
+                stream.thread_type = "AUTO"
+                for frame in islice(container.decode(stream), self.frames):
+                    # AREA averages the pixels that fall together; the others would alias.
+                    small = frame.reformat(width, height, format="rgb24", interpolation="AREA")
+                    yield small.to_ndarray().transpose(2, 0, 1)
+                    count += 1
+        except (av.FFmpegError, IndexError) as error:
+            raise VideoError(f"{self.path}: cannot be decoded ({error}); copy it anew") from error
+        if count < self.frames:
+            raise VideoError(
+                f"{self.path}: has {count} frames, its table {self.frames} rows; copy both anew"
+            )
+
+    def _check_rate(self, rate: object) -> None:
+        # Row i is taken to be frame i, which another rate would break without a sign of it.
+        if rate is not None and abs(float(rate) / self.fps - 1) > 0.01:  # type: ignore[arg-type]
+            raise VideoError(
+                f"{self.path}: runs at {float(rate):g} frames/s, meta/info.json says "  # type: ignore[arg-type]
+                f"fps={self.fps:g}; encode it with a frame for every row of its table"
+            )
+
+
+@dataclass(frozen=True)
+class FrameCache:
+    """The frames of videos as files of uint8 [frames, 3, height, width] in `directory`.
+
+    A file is named by the video's path, size and time of change and by the image size, so what is
+    found under that name is right or incomplete, and what is incomplete is made again.
+    """
+
+    directory: Path
+    height: int
+    width: int
+
+    def file(self, video: Video) -> Path:
+        """Where the frames of `video` are, or will be."""
+        stat = video.path.stat()
+        path = str(video.path.resolve())
+        key = [path, stat.st_size, stat.st_mtime_ns, self.height, self.width]
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        return self.directory / f"{video.path.stem}-{digest}.npy"
+
+    def ready(self, video: Video) -> bool:
+        """Whether all frames of `video` are there; a file cut short is not ready."""
+        try:
+            frames = np.load(self.file(video), mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return False
+        return frames.dtype == np.uint8 and frames.shape == self._shape(video)
+
+    def fill(self, videos: Sequence[Video]) -> None:
+        """Decode what is not ready yet; any number of processes may do so at once.
+
+        Raises ConfigError naming every video that cannot be used.
+        """
+        todo = [video for video in videos if not self.ready(video)]
+        if not todo:
+            return
+        self._make_directory()
+        progress = _Progress(len(todo), f"{self.height}x{self.width} into {self.directory}")
+        problems: list[str] = []
+        # First what no other process is at, so that several share the work; then wait for theirs.
+        for wait in (False, True):
+            todo = [v for v in todo if not self._fill_one(v, wait, progress, problems)]
+        if problems:
+            raise ConfigError(problems)
+        progress.end()
+
+    def _shape(self, video: Video) -> tuple[int, int, int, int]:
+        return (video.frames, 3, self.height, self.width)
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(self._unwritable(error)) from error
+
+    def _unwritable(self, error: OSError) -> str:
+        return (
+            f"data.cache_dir: cannot write frames to {self.directory} ({error.strerror}); "
+            "name a folder that is writable and has room: data.cache_dir=DIR"
+        )
+
+    def _fill_one(self, video: Video, wait: bool, progress: _Progress, problems: list[str]) -> bool:
+        """False where another process is at it and `wait` is not set."""
+        try:
+            with _lock(self.file(video).with_suffix(".lock"), wait) as mine:
+                if mine and not self.ready(video):
+                    self._write(video)
+                    progress.add(video)
+                return mine
+        except VideoError as error:
+            problems.append(str(error))
+        except OSError as error:
+            raise ConfigError(self._unwritable(error)) from error
+        return True
+
+    def _write(self, video: Video) -> None:
+        file = self.file(video)
+        temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape(video)}
+        try:
+            # Written in order, not through a memory map: on a full disk that would be SIGBUS.
+            with open(temporary, "wb") as out:
+                np.lib.format.write_array_header_1_0(out, header)
+                for frame in video.decode(self.height, self.width):
+                    out.write(frame.tobytes())
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class _Progress:
+    """Says what is being decoded, every LOG_EVERY seconds, and how long it took."""
+
+    def __init__(self, videos: int, where: str) -> None:
+        self.videos, self.done, self.frames = videos, 0, 0
+        self.start = self.said = time.monotonic()
+        logger.info("decoding %d videos at %s, once", videos, where)
+
+    def add(self, video: Video) -> None:
+        self.done += 1
+        self.frames += video.frames
+        if time.monotonic() - self.said > LOG_EVERY:
+            self.said = time.monotonic()
+            logger.info("decoded %d of %d videos", self.done, self.videos)
+
+    def end(self) -> None:
+        seconds = time.monotonic() - self.start
+        logger.info("decoded %d videos, %d frames, in %.1f s", self.done, self.frames, seconds)
+
+
+@contextmanager
+def _lock(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold `path` against other processes; False where one has it and `wait` is not set.
+
+    The lock only saves work: each process writes under a name of its own and renames.
+    """
+    with open(path, "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@lru_cache(maxsize=1024)  # below the number of open maps that a process may have
+def open_frames(file: Path) -> np.ndarray:
+    """The frames in a file of FrameCache, uint8 [frames, 3, height, width], mapped, not read."""
+    return np.load(file, mmap_mode="r")

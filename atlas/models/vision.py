@@ -1,0 +1,62 @@
+"""A small vision transformer with register tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from atlas.errors import ConfigError
+from atlas.models.transformer import Block
+
+
+class VisionTransformer(nn.Module):
+    """Images to a feature for each patch.
+
+    image_size: [H, W] of the data set's images. resize: [H, W] that images of any size are
+    brought to; None leaves them as they are. What results must be divisible by `patch`.
+    Register tokens (Darcet et al. 2024) take part in attention and are then dropped: they give
+    it a place for what belongs to no patch.
+    """
+
+    def __init__(
+        self,
+        image_size: Sequence[int],
+        resize: Sequence[int] | None = None,
+        patch: int = 7,
+        width: int = 64,
+        depth: int = 1,
+        heads: int = 4,
+        registers: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        rows, columns = (int(pixels) for pixels in resize or image_size)
+        if rows % patch or columns % patch:
+            raise ConfigError(
+                f"model.vision.patch={patch} does not divide images of {rows}x{columns} pixels; "
+                "choose a divisor, or set model.vision.resize to a multiple of it"
+            )
+        self.image_size, self.width = (rows, columns), width
+        self.grid = (rows // patch, columns // patch)
+        self.embed = nn.Conv2d(3, width, patch, stride=patch)
+        self.register_tokens = nn.Parameter(torch.randn(registers, width) * 0.02)
+        self.position_embedding = nn.Parameter(
+            torch.randn(self.grid[0] * self.grid[1], width) * 0.02
+        )
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: uint8 [N, 3, H, W]; returns [N, patches, width], row by row."""
+        pixels = images.to(self.position_embedding.dtype) / 127.5 - 1.0
+        if pixels.shape[-2:] != self.image_size:
+            pixels = F.interpolate(pixels, self.image_size, mode="bilinear", antialias=True)
+        patches = self.embed(pixels).flatten(2).transpose(1, 2) + self.position_embedding
+        registers = self.register_tokens.expand(len(patches), -1, -1)
+        tokens = torch.cat([registers.to(patches.dtype), patches], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens[:, len(self.register_tokens) :])

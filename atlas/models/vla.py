@@ -1,0 +1,129 @@
+"""A policy from cameras, an instruction and the robot's state to chunks of actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atlas.errors import ConfigError
+
+Batch = Mapping[str, Any]
+
+
+class VLA(nn.Module):
+    """Vision, language and action, put together from four parts.
+
+    spec: what a data set says of itself (`train.spec`): `cameras`, `image_size`, `state_dim`,
+    `history`, `action_dim`, `horizon`, `vocabulary`, `relative` and the training split's
+    `statistics`. The parts are factories that are called with the sizes that follow from it.
+    Statistics are buffers, so a checkpoint's weights come with the units that they act in.
+    """
+
+    state_mean: Tensor  # [S]
+    state_std: Tensor
+    actions_mean: Tensor  # [A]; of actions less the last state, where the spec is relative
+    actions_std: Tensor
+
+    def __init__(
+        self,
+        vision: Callable[..., nn.Module],
+        lang_encoder: Callable[..., nn.Module],
+        fusion: Callable[..., nn.Module],
+        action_head: Callable[..., nn.Module],
+        spec: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.relative, self.action_dim = bool(spec["relative"]), int(spec["action_dim"])
+        _check(spec)
+        self.vision: Any = vision(image_size=list(spec["image_size"]))
+        self.lang_encoder: Any = lang_encoder(vocabulary=list(spec["vocabulary"]))
+        self.fusion: Any = fusion(
+            cameras=len(spec["cameras"]),
+            grid=self.vision.grid,
+            vision_width=self.vision.width,
+            language_width=self.lang_encoder.width,
+            state_width=spec["history"] * spec["state_dim"],
+        )
+        self.action_head: Any = action_head(
+            width=self.fusion.width, horizon=spec["horizon"], action_dim=self.action_dim
+        )
+        for name in ("state", "actions"):
+            mean, std = (
+                torch.tensor(list(spec["statistics"][name][key]), dtype=torch.float32)
+                for key in ("mean", "std")
+            )
+            self.register_buffer(f"{name}_mean", mean)
+            # What never moved in training is left in its own unit: there is no scale to tell.
+            self.register_buffer(f"{name}_std", torch.where(std > 1e-6, std, 1.0))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss` (L1 of normalised actions), `weight` (how many valid elements it is the mean
+        of) and `l1` (the same in the actions' own units), as float32 scalars.
+
+        Also `images` uint8 [B, V, 3, H, W], `state` [B, K, S], `instruction` list of B strings,
+        `actions` [B, T, A] raw, `action_mask` [B, T], True where an action is valid. A batch
+        without a valid element has loss 0 and weight 0.
+        """
+        mask = batch["action_mask"]
+        actions = self._shift(batch["actions"], batch["state"], -1)
+        target = (actions - self.actions_mean) / self.actions_std
+        errors = self.action_head.errors(self._predict(batch), target, mask)
+        weight = mask.sum().float() * self.action_dim
+        count = weight.clamp(min=1.0)
+        return {
+            "loss": errors.sum() / count,
+            "weight": weight,
+            "l1": (errors.detach() * self.actions_std).sum() / count,
+        }
+
+    @torch.no_grad()
+    def act(self, batch: Batch) -> Tensor:
+        """[B, T, A] actions in their own units, from raw observations on any device."""
+        device = self.actions_mean.device
+        batch = {**batch, "images": batch["images"].to(device), "state": batch["state"].to(device)}
+        actions = self._predict(batch).float() * self.actions_std + self.actions_mean
+        return self._shift(actions, batch["state"], 1)
+
+    def _shift(self, actions: Tensor, state: Tensor, sign: int) -> Tensor:
+        """`actions` with the robot's last state added (1) or taken away (-1), where relative."""
+        if not self.relative:
+            return actions
+        return actions + sign * state[:, -1:, : self.action_dim]
+
+    def _predict(self, batch: Batch) -> Tensor:
+        images = batch["images"]
+        patches = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        language = self.lang_encoder(batch["instruction"])
+        features = self.fusion(patches, language, self._describe(batch["state"]))
+        return self.action_head(features)
+
+    def _describe(self, state: Tensor) -> Tensor:
+        """[B, K * S]: the last state and the changes that led to it, each in its own scale.
+
+        Neighbouring states differ by little of the range that all states span, so that a network
+        would hardly see from normalised states how fast the robot moves. Relative actions are
+        such differences, and have their scale.
+        """
+        last = (state[:, -1] - self.state_mean) / self.state_std
+        scale = self.state_std
+        if self.relative:
+            scale = torch.cat([self.actions_std, self.state_std[self.action_dim :]])
+        changes = (state[:, 1:] - state[:, :-1]) / scale
+        return torch.cat([last, changes.flatten(1)], dim=1)
+
+
+def _check(spec: Mapping[str, Any]) -> None:
+    if spec["relative"] and spec["state_dim"] < spec["action_dim"]:
+        raise ConfigError(
+            f"actions relative to the state need a state of at least action_dim="
+            f"{spec['action_dim']} entries, but state_dim={spec['state_dim']}; use absolute actions"
+        )
+    for name, size in (("state", spec["state_dim"]), ("actions", spec["action_dim"])):
+        found = len(spec["statistics"][name]["mean"])
+        if found != size:
+            raise ConfigError(
+                f"statistics of {name} have {found} entries, expected {size}; compute them again"
+            )

@@ -1,0 +1,53 @@
+"""Signals that ask a run to save and leave, turned into a flag that is read between steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+# What a stop means, by signal: the state that the run is left in, and the words for it.
+STATES = {
+    signal.SIGUSR2: ("preempted", "preempted (SIGUSR2)"),
+    signal.SIGTERM: ("killed", "stopped by SIGTERM"),
+    signal.SIGINT: ("killed", "stopped by Ctrl-C"),
+}
+# The order in which ranks that saw different signals agree; see `atlas.training.agreement`.
+CODES = (None, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """A context in which the signals above only set `signal`; a second Ctrl-C leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._pid = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in STATES:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def code(self) -> int:
+        """The request as a number that ranks can compare: 0 for none."""
+        return CODES.index(self.signal)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked data worker inherits the handler; the signal is not for it
+        if self.signal is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        if number == signal.SIGINT:
+            message = "\nstopping after this step and saving; Ctrl-C again leaves at once\n"
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())

@@ -1,0 +1,139 @@
+"""From a frozen configuration to the objects that train: data, model, optimizer, schedule."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from atlas.errors import ConfigError
+from atlas.identity import effective_batch
+from atlas.training import optim
+from atlas.training.randomness import seed_everything
+from atlas.training.stream import check_dataset
+
+
+@dataclass
+class Parts:
+    """What a run trains with; `spec` is what the data told the model about itself (plain values)."""
+
+    train: Any
+    val: Any | None
+    spec: dict[str, Any] | None
+    model: nn.Module
+    groups: list[optim.Group]
+    optimizer: optim.Optimizer
+
+
+def build(config: Mapping[str, Any], world_size: int, device: torch.device) -> Parts:
+    """Instantiate everything of `config`; what is wrong is raised as one `ConfigError`."""
+    check_precision(config["trainer"]["precision"], device)
+    train, val = build_data(config)
+    spec = getattr(train, "spec", None)
+    model = build_model(config, spec).to(device)
+    groups = optim.group_parameters(model, config["optim"]["lr_multipliers"] or {})
+    optim.freeze(groups)
+    optimizer = build_optimizer(config, groups, world_size, device)
+    return Parts(train, val, spec, model, groups, optimizer)
+
+
+def build_data(config: Mapping[str, Any]) -> tuple[Any, Any | None]:
+    """The training and the validation set (None where `data.val` is null)."""
+    train = create(config["data"]["train"], "data.train")
+    check_dataset(train, "data.train")
+    if config["data"].get("val") is None:
+        return train, None
+    val = create(config["data"]["val"], "data.val")
+    check_dataset(val, "data.val")
+    return train, val
+
+
+def build_model(config: Mapping[str, Any], spec: Mapping[str, Any] | None) -> nn.Module:
+    """The model with its initial weights, a function of the seed.
+
+    A model whose constructor takes `spec` is told what the training set says about itself.
+    """
+    seed_everything(int(config["seed"]))
+    extra = {"spec": spec} if _takes_spec(config["model"]["_target_"]) else {}
+    model = create(config["model"], "model", **extra)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model._target_={config['model']['_target_']} gives a {type(model).__name__}; "
+            "it must give a torch.nn.Module"
+        )
+    return model
+
+
+def build_optimizer(
+    config: Mapping[str, Any], groups: list[optim.Group], world_size: int, device: torch.device
+) -> optim.Optimizer:
+    """The optimizer over `groups`, with the scaled base rate and the run's schedule."""
+    factory = create(config["optim"]["optimizer"], "optim.optimizer")
+    optim.check_fused(factory, device)
+    try:
+        return optim.Optimizer(
+            groups,
+            factory,
+            base_lr=base_lr(config, world_size),
+            schedule=create(config["schedule"], "schedule"),
+            steps=int(config["trainer"]["steps"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim.optimizer: {error}") from error
+
+
+def base_lr(config: Mapping[str, Any], world_size: int) -> float:
+    """`optim.lr` times the factor of `optim.scale_lr`."""
+    settings = config["optim"]
+    batch = effective_batch(config, world_size)
+    return float(settings["lr"]) * optim.scale(
+        settings["scale_lr"], batch, settings["base_batch_size"]
+    )
+
+
+def create(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
+    """`hydra.utils.instantiate`, with the configuration's key in the error."""
+    # Not as a plain dictionary: lists and dictionaries inside would become OmegaConf's own types.
+    config = OmegaConf.create({**node, "_convert_": "all"})
+    try:
+        return instantiate(config, **extra)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if cause is not None and _raised_inside(cause):
+            raise cause from None
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `ConfigError` where `device` cannot compute in `precision`."""
+    capable = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
+    if precision == "bf16" and not capable:
+        raise ConfigError(
+            f"trainer.precision=bf16 and {torch.cuda.get_device_name(device)} has no bf16; use fp32"
+        )
+    if precision == "tf32" and (device.type == "cpu" or not capable):
+        raise ConfigError(f"trainer.precision=tf32 and {device.type} has no TF32; use fp32 or bf16")
+
+
+def _takes_spec(target: str) -> bool:
+    try:
+        return "spec" in inspect.signature(get_class(target)).parameters
+    except Exception:  # not a class, or not there: instantiating it gives the better error
+        return False
+
+
+def _raised_inside(cause: BaseException) -> bool:
+    """Whether `cause` comes from the constructor's own code rather than from calling it."""
+    trace = cause.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = trace.tb_frame.f_code.co_filename if trace else ""
+    return bool(where) and "hydra" not in Path(where).parts

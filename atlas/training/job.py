@@ -1,0 +1,165 @@
+"""One rank of one run, from its directory to its outcome: what `atlas.worker` enters."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atlas.errors import AtlasError
+from atlas.lock import Lock
+from atlas.progress import open_progress
+from atlas.reasons import failure
+from atlas.run import Run
+from atlas.stop import Stop
+from atlas.tracking import Tracker
+from atlas.training import distributed
+from atlas.training.build import Parts, build
+from atlas.training.checkpoint import Checkpoints, load_weights
+from atlas.training.distributed import World
+from atlas.training.ema import Ema
+from atlas.training.stream import TrainStream
+from atlas.training.trainer import Outcome, Trainer, TrainState, frozen_names
+
+log = logging.getLogger(__name__)
+
+
+class NullTracker:
+    """What ranks other than 0 record: nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def samples(self, step: int, ids: list[int]) -> None:
+        pass
+
+    def status(self, **changes: Any) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def warning(self) -> str | None:
+        return None
+
+
+def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
+    """Train `run` as the rank that the environment says; rank 0 holds the `lock`."""
+    config = run.config
+    set_determinism(bool(config["trainer"]["deterministic"]))
+    world = distributed.init(config["cluster"]["device"])
+    try:
+        parts = build(config, world.size, world.device)
+        checkpoints = Checkpoints(run.checkpoints, int(config["trainer"]["keep"]))
+        if world.is_main:
+            checkpoints.repair()
+        world.barrier()
+        decay = config["trainer"]["ema"]
+        state, ema = restore(config, parts, checkpoints, decay)
+        if world.is_main:
+            checkpoints.save_frozen(frozen_state(parts))
+        return fit(run, lock, stop, config, world, parts, checkpoints, state, ema)
+    finally:
+        distributed.finish()
+
+
+def fit(
+    run: Run,
+    lock: Lock | None,
+    stop: Stop,
+    config: Mapping[str, Any],
+    world: World,
+    parts: Parts,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    ema: Ema | None,
+) -> Outcome:
+    """Train from `state` on, and record how it ended."""
+    tracker = Tracker(run, lock, config) if lock else NullTracker()
+    trainer = config["trainer"]
+    progress = open_progress(trainer["progress"], world.is_main, int(trainer["steps"]), state.step)
+    try:
+        if isinstance(tracker, Tracker):
+            tracker.resume(state.step)
+        outcome = Trainer(
+            config,
+            parts,
+            world,
+            stream=TrainStream(
+                parts.train,
+                seed=int(config["seed"]),
+                batch_size=int(config["data"]["batch_size"]),
+                accumulate=int(trainer["accumulate"]),
+                workers=int(config["data"]["workers"]),
+                world=world,
+            ),
+            checkpoints=checkpoints,
+            tracker=tracker,
+            progress=progress,
+            stop=stop,
+            state=state,
+            ema=ema,
+        ).fit()
+    except BaseException as error:
+        progress.close()
+        if isinstance(tracker, Tracker):
+            tracker.close(*failure(error))
+        raise
+    progress.close()
+    if isinstance(tracker, Tracker):
+        left = tracker.close(outcome.state, outcome.reason, step=state.step, best=state.best)
+        if left:
+            print(f"warning: {left}")
+    return outcome
+
+
+def restore(
+    config: Mapping[str, Any], parts: Parts, checkpoints: Checkpoints, decay: float | None
+) -> tuple[TrainState, Ema | None]:
+    """The state to go on from: the newest checkpoint, another run's weights, or the beginning."""
+    saved = checkpoints.latest()
+    if saved is None:
+        if config["init_from"]:
+            start_from(config["init_from"], config["outputs"], parts.model)
+        return TrainState(), Ema(parts.model, decay) if decay else None
+    load_weights(parts.model, saved["model"], str(checkpoints.folder))
+    parts.optimizer.inner.load_state_dict(saved["optimizer"])
+    ema = Ema(parts.model, decay) if decay else None
+    if ema:
+        ema.load_state_dict(saved["ema"])
+    checkpoints.point_best(saved["best"]["step"] if saved["best"] else None)
+    log.info("going on from step %d", saved["step"])
+    names = ("step", "best", "worse", "validated")
+    return TrainState(**{name: saved[name] for name in names}), ema
+
+
+def start_from(reference: str, outputs: str | Path, model: torch.nn.Module) -> None:
+    """Give `model` the best weights of the run that `init_from` names."""
+    source = Run.find(reference, outputs)
+    saved = Checkpoints(source.checkpoints).best()
+    if saved is None:
+        raise AtlasError(f"init_from={reference}: {source.path} holds no checkpoint")
+    load_weights(model, averaged(saved), f"init_from={reference}")
+
+
+def averaged(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights to use a checkpoint with: the averaged ones where it has them."""
+    return {**saved["model"], **(saved["ema"] or {})}
+
+
+def frozen_state(parts: Parts) -> dict[str, torch.Tensor]:
+    """The tensors of `parts.model` that training never changes."""
+    names = frozen_names(parts.model)
+    return {name: value for name, value in parts.model.state_dict().items() if name in names}
+
+
+def set_determinism(wanted: bool) -> None:
+    """Only deterministic kernels, where `trainer.deterministic` asks for it."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = not wanted

@@ -1,0 +1,71 @@
+"""The part of a plan that needs the model and the data in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from atlas.identity import effective_batch
+from atlas.plan import rates, table
+from atlas.training import distributed
+from atlas.training.build import Parts, base_lr, build
+from atlas.training.trainer import validation_interval
+
+
+def detail(config: Mapping[str, Any], world_size: int) -> str:
+    """Data, parameters and rates of a run; builds its model and data, and writes nothing."""
+    device = distributed.choose_device(config["cluster"]["device"], 0)
+    parts = build(config, world_size, device)
+    multipliers = {group.name: group.multiplier for group in parts.groups}
+    return "\n".join(
+        [
+            table(data_rows(config, parts, world_size, str(device))),
+            "",
+            parameters(parts),
+            "",
+            rates(config, base_lr(config, world_size), multipliers),
+        ]
+    )
+
+
+def data_rows(
+    config: Mapping[str, Any], parts: Parts, world_size: int, device: str
+) -> dict[str, str]:
+    """Devices, sizes of the data sets, and when the run validates."""
+    samples, batch = len(parts.train), effective_batch(config, world_size)
+    steps = config["trainer"]["steps"]
+    interval = validation_interval(config["trainer"]["val_interval"], samples)
+    if parts.val is None:
+        validates = "never; there is no data.val"
+    else:
+        every = f"every {interval} steps and " if interval else ""
+        validates = f"{every}at the last step, on {len(parts.val)} samples"
+    return {
+        "device": device,
+        "data": f"{samples} training samples, {samples / batch:.1f} updates an epoch, "
+        f"{steps} updates = {steps * batch / samples:.1f} epochs",
+        "validates": validates,
+    }
+
+
+def parameters(parts: Parts) -> str:
+    """Trained and frozen parameters of every module at the top of the model, and of all."""
+    model = parts.model
+    rows = [(name, *count(module)) for name, module in model.named_children()]
+    own = [p for p in model.parameters(recurse=False)]
+    if own:
+        trained = sum(p.numel() for p in own if p.requires_grad)
+        rows.append(("(own)", trained, sum(p.numel() for p in own) - trained))
+    rows.append(("all", *count(model)))
+    width = max(len("parameters"), *(len(name) for name, *_ in rows))
+    lines = [f"{'parameters'.ljust(width)}{'trained':>14}{'frozen':>14}"]
+    lines += [f"{name.ljust(width)}{trained:14,}{frozen:14,}" for name, trained, frozen in rows]
+    return "\n".join(lines)
+
+
+def count(module: nn.Module) -> tuple[int, int]:
+    """How many numbers of `module` are trained, and how many are frozen."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in module.parameters()) - trained

@@ -1,0 +1,201 @@
+"""Which samples an update sees: a function of the seed and the position in the stream alone."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from atlas.errors import ConfigError
+from atlas.training.distributed import World
+from atlas.training.randomness import mix, sample_seeds
+
+Ids = npt.NDArray[np.int64]
+Batch = Any
+
+
+class Order:
+    """An endless stream of sample ids: one permutation of all `length` samples an epoch."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self._seed = seed
+        self._epoch = -1
+        self._permutation: Ids = np.empty(0, np.int64)
+
+    def ids(self, start: int, count: int) -> Ids:
+        """The ids at positions `start` to `start + count`; they can straddle epochs."""
+        epoch, offset = divmod(start, self.length)
+        if offset + count <= self.length:
+            return self._of_epoch(epoch)[offset : offset + count]
+        head = self._of_epoch(epoch)[offset:]
+        return np.concatenate([head, self.ids((epoch + 1) * self.length, count - len(head))])
+
+    def _of_epoch(self, epoch: int) -> Ids:
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.PCG64(mix(self._seed, 0, epoch)))
+            self._permutation = generator.permutation(self.length)
+            self._epoch = epoch
+        return self._permutation
+
+
+class Fetcher:
+    """Reads and collates samples of a map-style data set by id and position.
+
+    A data set that has `batch(ids)` or `batch(ids, seeds)` is asked for whole batches. Otherwise it
+    is indexed sample by sample, with the global generators of Python, numpy and torch seeded from
+    the sample's position, so that its augmentation does not depend on worker processes.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self._seed = seed
+        self._batch = getattr(dataset, "batch", None)
+        self._takes_seeds = bool(self._batch) and len(inspect.signature(self._batch).parameters) > 1
+        self._collate = getattr(dataset, "collate", default_collate)
+
+    def fetch(self, ids: Ids, positions: Sequence[int] | Ids) -> Batch:
+        """The collated batch of `ids`, which stand at `positions` of the stream."""
+        if self._batch is None:
+            return self._collate([self._sample(int(i), int(p)) for i, p in zip(ids, positions)])
+        if self._takes_seeds:
+            return self._batch(ids, sample_seeds(self._seed, positions))
+        return self._batch(ids)
+
+    def _sample(self, index: int, position: int) -> Any:
+        seed = mix(self._seed, 1, position)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(seed)
+        return self.dataset[index]
+
+
+class TrainStream:
+    """The micro-batches of one rank, from update `start` to `steps`, as (ids, batch) pairs.
+
+    Micro-batch m of rank r takes part m * world_size + r of the update's samples, so the update
+    sees the same samples however it is cut.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulate: int,
+        workers: int,
+        world: World,
+    ) -> None:
+        self.order = Order(len(dataset), seed)
+        self.effective_batch = batch_size * accumulate * world.size
+        self._fetcher = Fetcher(dataset, seed)
+        self._size = batch_size
+        self._accumulate = accumulate
+        self._workers = workers
+        self._world = world
+
+    def ids(self, step: int) -> list[int]:
+        """All sample ids of update `step`, over all ranks."""
+        start = step * self.effective_batch
+        return [int(i) for i in self.order.ids(start, self.effective_batch)]
+
+    def __getitem__(self, request: tuple[int, int]) -> tuple[Ids, Batch]:
+        step, micro = request
+        part = micro * self._world.size + self._world.rank
+        start = step * self.effective_batch + part * self._size
+        ids = self.order.ids(start, self._size)
+        return ids, self._fetcher.fetch(ids, range(start, start + self._size))
+
+    def iterate(self, start: int, steps: int) -> Iterator[tuple[Ids, Batch]]:
+        """From update `start` on; read ahead in worker processes where there are any."""
+        requests = ((s, m) for s in range(start, steps) for m in range(self._accumulate))
+        if self._workers == 0:
+            return map(self.__getitem__, requests)
+        return iter(loader(self, requests, self._workers, self._world.device))
+
+
+class ValidationStream:
+    """Every sample of a data set once over all ranks, or the first `batches` batches of it."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        seed: int,
+        batch_size: int,
+        workers: int,
+        batches: int | None,
+        world: World,
+    ) -> None:
+        chunks = -(-len(dataset) // batch_size)
+        self._chunks = range(world.rank, min(chunks, batches or chunks), world.size)
+        self._fetcher = Fetcher(dataset, seed)
+        self._length = len(dataset)
+        self._size = batch_size
+        self._workers = workers
+        self._device = world.device
+
+    def __getitem__(self, chunk: int) -> tuple[int, int, Batch]:
+        start = chunk * self._size
+        ids = np.arange(start, min(start + self._size, self._length))
+        return chunk, len(ids), self._fetcher.fetch(ids, ids)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Batch]]:
+        """(chunk number, samples in it, batch) of this rank."""
+        if self._workers == 0:
+            return map(self.__getitem__, self._chunks)
+        return iter(loader(self, self._chunks, self._workers, self._device))
+
+
+def loader(source: Any, requests: Iterable[Any], workers: int, device: torch.device) -> Any:
+    """Answer `requests` to `source` in order, read ahead by `workers` processes."""
+    return DataLoader(
+        source,
+        sampler=requests,  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_quiet,
+        # Forked workers share the data set's memory, and it need not be picklable.
+        multiprocessing_context="fork",
+    )
+
+
+def check_dataset(dataset: Any, key: str) -> None:
+    """Raise `ConfigError` for a data set that is not map-style or is empty."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise ConfigError(
+            f"{key}: {type(dataset).__name__} is not a map-style data set; Atlas needs "
+            "`len(data)` and `data[i]`, since a sample's index is what lets a run resume exactly"
+        )
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        raise ConfigError(f"{key}: {type(dataset).__name__} has no samples")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` with its tensors on `device`; anything else in it stays as it is."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _quiet(_: int) -> None:
+    """Slurm and a terminal signal every process; a data worker that died would lose the save."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

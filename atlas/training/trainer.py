@@ -1,0 +1,410 @@
+"""The training loop: what happens in one update, and when a run validates, saves and stops."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from atlas.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
+from atlas.progress import Lines
+from atlas.stop import CODES, STATES, Stop
+from atlas.training.agreement import Agreement, Requests
+from atlas.training.build import Parts
+from atlas.training.checkpoint import Checkpoints
+from atlas.training.distributed import World
+from atlas.training.ema import Ema
+from atlas.training.gradient import Gradient, Sums, as_tensor
+from atlas.training.optim import frozen_modules
+from atlas.training.randomness import StepSeeds
+from atlas.training.replica import Replica
+from atlas.training.stream import TrainStream, to_device
+from atlas.training.validation import Interrupted, Validation
+
+
+class Recorder(Protocol):
+    """What the trainer needs of a tracker."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def samples(self, step: int, ids: list[int]) -> None: ...
+    def status(self, **changes: Any) -> None: ...
+    def sync(self) -> None: ...
+    def warning(self) -> str | None: ...
+
+
+@dataclass
+class TrainState:
+    """What is not a tensor and has to survive a restart."""
+
+    step: int = 0  # updates that were taken
+    best: dict[str, Any] | None = None  # {"metric", "value", "step"} of the best validation
+    worse: int = 0  # validations since the best one
+    validated: int = 0  # updates that had been taken at the last validation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `fit` ended: the state of the run, why, and the exit code."""
+
+    state: str
+    reason: str | None
+    code: int
+
+
+@dataclass
+class Window:
+    """Time and steps since the last logged step, for the metrics of speed."""
+
+    began: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    steps: int = 0
+
+    def metrics(self, samples_per_step: int) -> dict[str, float]:
+        """Samples a second, milliseconds a step, and the share of time spent waiting for data."""
+        took = max(time.perf_counter() - self.began, 1e-9)
+        return {
+            "samples_per_s": samples_per_step * self.steps / took,
+            "step_time_ms": 1000.0 * took / max(1, self.steps),
+            "data_wait_share": self.waited / took,
+        }
+
+
+class Pending:
+    """A logged step whose values are on their way from the device."""
+
+    def __init__(
+        self, step: int, values: Mapping[str, Any], device: torch.device, other: dict[str, float]
+    ) -> None:
+        self.step = step
+        self._other = other
+        self._names = list(values)
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cpu":
+            self._packed: Any = [float(value) for value in values.values()]
+            return
+        packed = torch.stack([as_tensor(value, device) for value in values.values()])
+        self._packed = torch.empty(packed.shape, pin_memory=True)
+        self._packed.copy_(packed, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def metrics(self) -> dict[str, float]:
+        """The values as numbers; waits for the device only where the next step has not begun."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._packed = self._packed.tolist()
+        return {**dict(zip(self._names, self._packed, strict=True)), **self._other}
+
+
+class Trainer:
+    """Trains `parts` from `state` on; one object a rank."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        parts: Parts,
+        world: World,
+        *,
+        stream: TrainStream,
+        checkpoints: Checkpoints,
+        tracker: Recorder,
+        progress: Lines,
+        stop: Stop,
+        state: TrainState,
+        ema: Ema | None,
+    ) -> None:
+        settings = config["trainer"]
+        self.settings = settings
+        self.parts = parts
+        self.world = world
+        self.stream = stream
+        self.checkpoints = checkpoints
+        self.tracker = tracker
+        self.progress = progress
+        self.stop = stop
+        self.state = state
+        self.ema = ema
+        self.steps = int(settings["steps"])
+        self.accumulate = int(settings["accumulate"])
+        self.val_interval = validation_interval(settings["val_interval"], stream.order.length)
+        self.optimizer = parts.optimizer
+        self.seeds = StepSeeds(int(config["seed"]), world.rank, world.device)
+        self.autocast = autocast(settings["precision"], world.device)
+        self.gradient = Gradient(self.optimizer, world, settings["clip_norm"])
+        self.agreement = Agreement(world)
+        self.validation = self._validation(config)
+        self.replica = Replica(parts.model, world, bool(settings["compile"]))
+        self.window = Window()
+        self._eval_for_good = frozen_modules(parts.model)
+        self._pending: Pending | None = None
+        self._saved_step = state.step
+        self._saved_at = self._began = time.monotonic()
+
+    def fit(self) -> Outcome:
+        """Train to the last step, or until something asks to stop."""
+        self.train_mode()
+        self.replica.settle(self.stream, self.state.step, self.seeds, self.autocast)
+        batches = self.stream.iterate(self.state.step, self.steps)
+        ended = self._catch_up()
+        while ended is None and self.state.step < self.steps:
+            self.train_step(self.state.step, batches)
+            self.state.step += 1
+            ended = self._between_steps()
+        self.agreement.close()
+        return ended or Outcome("finished", None, EXIT_DONE)
+
+    def train_step(self, step: int, batches: Iterator[Any]) -> None:
+        """Update number `step`, from 0: each micro-batch forward and backward, then the update."""
+        self.optimizer.set_rates(step)
+        sums = Sums(detailed=self._log_due(step))
+        for micro in range(self.accumulate):
+            batch = self._next(batches)
+            self.seeds.training(step, micro)
+            with self.replica.synchronised(micro == self.accumulate - 1):
+                with self.autocast:
+                    out = self.replica(batch)
+                sums.add(out).backward()
+        self.flush()  # the step before has reached the host by now
+        sums.over_ranks(self.world)
+        norm, good = self.gradient.finish(step, sums)
+        if good is None:
+            self._raise_if_bad()
+        self.optimizer.step(good)
+        if self.ema:
+            self.ema.update(step)
+        self._record(step, sums, norm)
+
+    def validate(self) -> bool:
+        """Measure the model as it stands; whether it is the best so far."""
+        self._check_weights()
+        assert self.validation is not None
+        model = self.parts.model
+        model.eval()
+        try:
+            with self.ema.applied() if self.ema else contextlib.nullcontext():
+                metrics = self.validation.run(model, self._interrupted)
+        finally:
+            self.train_mode()
+        improved = self._judge(metrics["val/loss"])
+        self.tracker.log(self.state.step, metrics)
+        self.progress.validated(self.state.step, metrics, improved)
+        self.window = Window()  # validation has its own time
+        return improved
+
+    def save(self) -> None:
+        """Journal first, then the checkpoint, then the status that names it."""
+        self._check_weights()
+        if self.world.is_main:
+            self.tracker.sync()
+            best = self.state.best["step"] if self.state.best else None
+            self.checkpoints.save(self.state.step, self.state_dict(), best)
+            self.tracker.status(step=self.state.step, best=self.state.best)
+        self._saved_step = self.state.step
+        self._saved_at = time.monotonic()
+        self.window = Window()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; what is frozen is kept once, beside the checkpoints."""
+        frozen = frozen_names(self.parts.model)
+        model = self.parts.model.state_dict()
+        return {
+            "format": 1,
+            **asdict(self.state),
+            "position": self.state.step * self.stream.effective_batch,
+            "model": {name: value for name, value in model.items() if name not in frozen},
+            "frozen": bool(frozen),
+            "optimizer": self.optimizer.inner.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "spec": self.parts.spec,
+        }
+
+    def train_mode(self) -> None:
+        """Training mode, but for frozen modules: their dropout and statistics stay off."""
+        self.parts.model.train()
+        for module in self._eval_for_good:
+            module.eval()
+
+    def flush(self) -> None:
+        """Log the step whose values were left on the device."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        metrics = pending.metrics()
+        if metrics.pop("first_bad") >= 0:
+            self._raise_if_bad()
+        self.tracker.log(pending.step, metrics)
+        self.progress.update(pending.step, metrics)
+        if warning := self.tracker.warning():
+            self.progress.say(f"warning: {warning}")
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        waiting = time.perf_counter()
+        _, batch = next(batches)
+        self.window.waited += time.perf_counter() - waiting
+        return to_device(batch, self.world.device)
+
+    def _record(self, step: int, sums: Sums, norm: Any) -> None:
+        self.window.steps += 1
+        if self.settings["log_samples"]:
+            self.tracker.samples(step, self.stream.ids(step))
+        if not sums.detailed:
+            return
+        batch = self.stream.effective_batch
+        other = {
+            **{f"lr/{name}": rate for name, rate in self.optimizer.rates(step).items()},
+            **self.window.metrics(batch),
+            "epoch": (step + 1) * batch / self.stream.order.length,
+        }
+        values = {**sums.means(), "grad_norm": norm, "first_bad": self.gradient.first_bad}
+        self._pending = Pending(step, values, self.world.device, other)
+        self.window = Window()
+        if self.world.device.type == "cpu":
+            self.flush()
+
+    def _between_steps(self) -> Outcome | None:
+        """What follows an update: validate, journal, save, stop; each only where it is due."""
+        improved = False
+        if self._validation_due():
+            try:
+                improved = self.validate()
+            except Interrupted:
+                pass  # validated after the restart instead
+        requests = self.agreement.exchange(self._requests())
+        ended = self._ended(requests)
+        if improved or ended or requests.save or self._save_due():
+            self.save()
+        return ended
+
+    def _catch_up(self) -> Outcome | None:
+        """The validation that a stop kept this step from having."""
+        return self._between_steps() if self._validation_missing() else None
+
+    def _requests(self) -> Requests:
+        minutes, limit = self.settings["save_minutes"], self.settings["max_time"]
+        now = time.monotonic()
+        return Requests(
+            stop=self.stop.code,
+            save=int(minutes is not None and now - self._saved_at >= 60 * minutes),
+            time_up=int(limit is not None and now - self._began >= 60 * limit),
+        )
+
+    def _interrupted(self) -> bool:
+        return bool(self.agreement.exchange(Requests(stop=self.stop.code)).stop)
+
+    def _ended(self, requests: Requests) -> Outcome | None:
+        patience = self.settings["patience"]
+        if self.state.step >= self.steps and not self._validation_missing():
+            return None
+        if requests.stop:
+            state, reason = STATES[CODES[requests.stop]]  # type: ignore[index]
+            return Outcome(state, reason, EXIT_STOPPED)
+        if requests.time_up:
+            return Outcome(
+                "killed", f"trainer.max_time={self.settings['max_time']} min is over", EXIT_STOPPED
+            )
+        if patience and self.state.worse >= patience:
+            reason = f"early stop: {patience} validations without improvement"
+            return Outcome("finished", reason, EXIT_DONE)
+        return None
+
+    def _judge(self, loss: float) -> bool:
+        best = self.state.best
+        improved = best is None or loss < best["value"]
+        self.state.validated = self.state.step
+        self.state.worse = 0 if improved else self.state.worse + 1
+        if improved:
+            self.state.best = {"metric": "val/loss", "value": loss, "step": self.state.step}
+        return improved
+
+    def _log_due(self, step: int) -> bool:
+        return step % int(self.settings["log_interval"]) == 0 or step == self.steps - 1
+
+    def _validation_due(self) -> bool:
+        done = self.state.step
+        if self.validation is None:
+            return False
+        return done == self.steps or (
+            self.val_interval is not None and done % self.val_interval == 0
+        )
+
+    def _validation_missing(self) -> bool:
+        done = self.state.step
+        return done > 0 and self._validation_due() and self.state.validated != done
+
+    def _save_due(self) -> bool:
+        interval, done = self.settings["save_interval"], self.state.step
+        return done == self.steps or (interval is not None and done % interval == 0)
+
+    def _check_weights(self) -> None:
+        """Nothing is judged or saved after an update that was not finite."""
+        self.flush()
+        if int(self.gradient.first_bad) >= 0:
+            self._raise_if_bad()
+
+    def _raise_if_bad(self) -> None:
+        step = int(self.gradient.first_bad)
+        if step < 0:
+            return
+        saved = self.checkpoints.steps()
+        raise NonFiniteError(
+            f"loss or gradient was NaN or infinite in update {step}, which saw the samples "
+            f"{shown(self.stream.ids(step))}; "
+            + (f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved before")
+        )
+
+    def _validation(self, config: Mapping[str, Any]) -> Validation | None:
+        if self.parts.val is None:
+            return None
+        return Validation(
+            self.parts.val,
+            self.world,
+            self.seeds,
+            self.autocast,
+            seed=int(config["seed"]),
+            batch_size=int(config["data"]["batch_size"]),
+            workers=int(config["data"]["workers"]),
+            batches=self.settings["val_batches"],
+        )
+
+
+def validation_interval(wanted: int | str | None, samples: int) -> int | None:
+    """Updates between validations; `auto` goes by the number of training samples."""
+    if wanted == "auto":
+        return 500 if samples < 10_000 else 1000 if samples <= 100_000 else 2000
+    return None if wanted is None else int(wanted)
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context that a forward pass runs in; also sets how float32 products are taken."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """State of the modules that are not trained at all: their parameters and buffers."""
+    frozen = {id(m) for outer in frozen_modules(model) for m in outer.modules()}
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if id(module) in frozen
+        for name in (*dict(module.named_parameters(recurse=False)), *persistent_buffers(module))
+    }
+
+
+def persistent_buffers(module: nn.Module) -> list[str]:
+    """Names of `module`'s own buffers that belong to its state."""
+    skipped = module._non_persistent_buffers_set
+    return [name for name, _ in module.named_buffers(recurse=False) if name not in skipped]
+
+
+def shown(ids: list[int]) -> str:
+    """The first ids, and how many there are more."""
+    text = ", ".join(map(str, ids[:64]))
+    return text + (f" and {len(ids) - 64} more" if len(ids) > 64 else "")

@@ -1,0 +1,118 @@
+"""Validation: every sample once at any world size, and rollouts where the data set can play them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from atlas.training.distributed import World
+from atlas.training.gradient import scalars
+from atlas.training.randomness import StepSeeds
+from atlas.training.stream import ValidationStream, to_device
+
+
+class Interrupted(Exception):
+    """The ranks agreed to stop while they validated."""
+
+
+class Validation:
+    """Measures a model on the validation set; the same for every cut over ranks up to rounding."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        world: World,
+        seeds: StepSeeds,
+        autocast: contextlib.AbstractContextManager[Any],
+        *,
+        seed: int,
+        batch_size: int,
+        workers: int,
+        batches: int | None,
+    ) -> None:
+        self._dataset = dataset
+        self._world = world
+        self._seeds = seeds
+        self._autocast = autocast
+        self._rounds = rounds(len(dataset), batch_size, batches, world.size)
+        self._stream = ValidationStream(
+            dataset, seed=seed, batch_size=batch_size, workers=workers, batches=batches, world=world
+        )
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float]:
+        """`val/loss` and the model's other scalars, each the mean over all valid elements.
+
+        `interrupted` is asked on all ranks the same number of times; where it says yes,
+        `Interrupted` is raised on all of them.
+        """
+        began = time.perf_counter()
+        sums = self._measure(model, interrupted)
+        weight = max(sums.pop("weight"), 1e-12)
+        metrics = {f"val/{name}": value / weight for name, value in sums.items()}
+        metrics.update(self._rollouts(model))
+        metrics["val/time_s"] = time.perf_counter() - began
+        return metrics
+
+    def _measure(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float]:
+        device = self._world.device
+        sums: dict[str, Any] = {"weight": 0.0, "loss": 0.0}
+        batches = iter(self._stream)
+        for _ in range(self._rounds):
+            if interrupted():
+                raise Interrupted
+            chunk, count, batch = next(batches, (0, 0, None))
+            if batch is None:
+                continue
+            self._seeds.validation(chunk)
+            with self._autocast:
+                out = model(to_device(batch, device))
+            weight = out.get("weight", float(count))
+            sums["weight"] = sums["weight"] + weight
+            for name, value in {"loss": out["loss"], **scalars(out)}.items():
+                # In float64 and on the device: exact enough for any size, and nothing waits.
+                sums[name] = sums.get(name, 0.0) + double(value) * double(weight)
+        return self._over_ranks({name: float(value) for name, value in sums.items()})
+
+    def _rollouts(self, model: Any) -> dict[str, float]:
+        """The mean of each outcome over the data set's scenes, such as `val/success`."""
+        scenes = range(getattr(self._dataset, "scenes", 0) or 0)
+        if not scenes:
+            return {}
+        device = self._world.device
+
+        def act(batch: Mapping[str, Any]) -> torch.Tensor:
+            with self._autocast:
+                actions: torch.Tensor = model.act(to_device(batch, device))
+            return actions.float().cpu()
+
+        mine = list(scenes)[self._world.rank :: self._world.size]
+        outcomes = self._dataset.rollout(act, mine) if mine else {}
+        sums = self._over_ranks({name: float(values.sum()) for name, values in outcomes.items()})
+        return {f"val/{name}": value / len(scenes) for name, value in sums.items()}
+
+    def _over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
+        if self._world.size == 1:
+            return sums
+        every: list[Any] = [None] * self._world.size
+        dist.all_gather_object(every, sums, group=self._world.cpu_group)
+        # In the order of the ranks, so that the sum is the same everywhere and every time.
+        names = list(dict.fromkeys(name for part in every for name in part))
+        return {name: sum(part.get(name, 0.0) for part in every) for name in names}
+
+
+def rounds(samples: int, batch_size: int, batches: int | None, world_size: int) -> int:
+    """How many batches the busiest rank validates."""
+    chunks = -(-samples // batch_size)
+    return -(-min(chunks, batches or chunks) // world_size)
+
+
+def double(value: Any) -> Any:
+    """`value` in double precision."""
+    return value.double() if isinstance(value, torch.Tensor) else float(value)

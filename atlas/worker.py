@@ -1,0 +1,132 @@
+"""One rank of one run under any launcher: environment in, files out, the exit code tells the cause.
+
+Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. SIGTERM, SIGINT and SIGUSR2 mean:
+save at the next agreed step and leave. Exits with 0 when done, 75 when stopped and resumable, 1 when
+failed. Run it as `python -m atlas.worker RUN_DIRECTORY`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from atlas.errors import EXIT_FAILED, AtlasError
+from atlas.lock import Holder, Lock
+from atlas.reasons import failure
+from atlas.run import Run
+from atlas.stop import Stop
+
+log = logging.getLogger("atlas")
+
+
+def main(path: str | Path) -> int:
+    """Train the run in directory `path` as the rank that the environment says."""
+    run = Run(path)
+    rank = int(os.environ.get("RANK", 0))
+    for entry in reversed(run.config["run"]["sys_path"]):
+        if entry not in sys.path:
+            sys.path.insert(0, entry)
+    with logged(run, rank):
+        try:
+            with Stop() as stop, held(run, rank) as lock:
+                return enter(run, lock, stop)
+        except (Exception, KeyboardInterrupt) as error:
+            show(run, rank, error)
+            return EXIT_FAILED if not isinstance(error, KeyboardInterrupt) else 130
+
+
+def enter(run: Run, lock: Lock | None, stop: Stop) -> int:
+    """Import torch, which takes its time, and train."""
+    from atlas.training.job import train
+
+    outcome = train(run, lock, stop)
+    if lock is not None:
+        tell(run)
+    return outcome.code
+
+
+@contextlib.contextmanager
+def held(run: Run, rank: int) -> Iterator[Lock | None]:
+    """Rank 0 holds the lock and marks the run as running; the other ranks hold nothing."""
+    if rank != 0:
+        yield None
+        return
+    lock = run.lock
+    lock.acquire()
+    try:
+        before = run.status
+        again = before.get("state") not in (None, "queued")
+        me = Holder.me()
+        run.update_status(
+            state="running",
+            reason=None,
+            restarts=int(before.get("restarts", 0)) + again,
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            launcher=os.environ.get("ATLAS_LAUNCHER", "local"),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            job_id=me.job_id,
+        )
+        yield lock
+    except BaseException as error:
+        if lock.is_mine():
+            state, reason = failure(error)
+            if run.status.get("state") == "running":
+                run.update_status(state=state, reason=reason)
+        raise
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def logged(run: Run, rank: int) -> Iterator[None]:
+    """Atlas's log goes to `logs/rankN.log`, warnings of rank 0 to the terminal too."""
+    run.logs.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(run.logs / f"rank{rank}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers: list[logging.Handler] = [file]
+    if rank == 0:
+        terminal = logging.StreamHandler()
+        terminal.setLevel(logging.WARNING)
+        terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        handlers.append(terminal)
+    log.setLevel(logging.INFO)
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def show(run: Run, rank: int, error: BaseException) -> None:
+    """The error on the terminal and in the rank's log; a person's own code with its traceback."""
+    text = "".join(traceback.format_exception(error))
+    with open(run.logs / f"rank{rank}.log", "a") as file:
+        file.write(text)
+    if isinstance(error, KeyboardInterrupt):
+        print(f"left at once; the same command goes on from the last checkpoint of {run.path}")
+    elif isinstance(error, AtlasError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        print(text, file=sys.stderr)
+        print(f"the run failed; its log is {run.logs / f'rank{rank}.log'}", file=sys.stderr)
+
+
+def tell(run: Run) -> None:
+    """How the run ended, and what to type next."""
+    from atlas.plan import summary
+
+    print(summary(run), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""How runs are started: here, on this machine's GPUs or through a queue."""

@@ -1,0 +1,68 @@
+"""The contract between what composes runs and what starts them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+from atlas.errors import ConfigError
+from atlas.run import Run
+from launchers.devices import visible_gpus
+
+
+class Handle(abc.ABC):
+    """A run that was handed to a launcher."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @abc.abstractmethod
+    def wait(self) -> int:
+        """Block until the run has ended; returns the exit code (0 done, 75 resumable, else failed)."""
+
+    @abc.abstractmethod
+    def cancel(self) -> None:
+        """Ask the run to save and stop."""
+
+
+class Launcher(abc.ABC):
+    """Starts runs; `nodes` x `nproc_per_node` ranks each, a GPU a rank."""
+
+    name: str
+
+    def __init__(self, nodes: int, nproc_per_node: int | str, device: str) -> None:
+        self.nodes = nodes
+        self.device = device
+        self.nproc_per_node = self._ranks_per_node(nproc_per_node)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all, over all nodes."""
+        return self.nodes * self.nproc_per_node
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise `ConfigError` for what this place cannot do."""
+
+    @abc.abstractmethod
+    def submit(self, runs: Sequence[Run]) -> list[Handle]:
+        """Start or queue all `runs`, in one go where the place allows it."""
+
+    @abc.abstractmethod
+    def _ranks_per_node(self, wanted: int | str) -> int:
+        """What `cluster.nproc_per_node` comes to; `auto` is decided here."""
+
+
+def check_gpus(wanted: int, device: str) -> None:
+    """Raise `ConfigError` where `wanted` ranks on CUDA have fewer GPUs on this machine."""
+    there = len(visible_gpus())
+    if device == "cuda" and there == 0:
+        raise ConfigError(
+            "cluster.device=cuda and this machine shows no GPU (see nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES); use cluster.device=cpu to train on the CPU"
+        )
+    if device != "cpu" and there and wanted > there:
+        raise ConfigError(
+            f"cluster.nproc_per_node={wanted} asks for more GPUs than the {there} that are visible; "
+            f"use cluster.nproc_per_node={there}, or cluster.device=cpu for processes on the CPU"
+        )

@@ -1,0 +1,112 @@
+"""From a composed configuration to a submitted run: what `train.py` calls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from atlas.config import check
+from atlas.errors import EXIT_DONE, AtlasError, ConfigError, nearest
+from atlas.plan import outline, summary
+from atlas.resume import adopt, announce, keep_effective_batch
+from atlas.run import Command, Run
+from launchers.base import Launcher
+
+
+def launch(cfg: DictConfig) -> None:
+    """Check `cfg`, create its run and hand it to its launcher; exits with the run's exit code."""
+    command = _command()
+    config = resolve(cfg)
+    if config.get("resume"):
+        config = adopt(config, command.overrides)
+    check(config)
+    config["outputs"] = str(Path(config["outputs"]).absolute())
+    launcher: Launcher = instantiate(config["cluster"])
+    launcher.check()
+    run = _run_of(config, launcher.world_size)
+    if config["dry_run"]:
+        describe(run, config, launcher)
+        return
+    if run.state == "finished" and not config["fresh"]:
+        print(summary(run))
+        return
+    announce(run, config, launcher.world_size, command)
+    if config["fresh"] and (aside := run.move_aside()):
+        print(f"moved the run that was there aside: {aside}")
+    run.create(config, launcher.world_size, command)
+    print(f"run {run.id} in {run.path}", flush=True)
+    code = max(handle.wait() for handle in launcher.submit([run]))
+    if code != EXIT_DONE:
+        raise SystemExit(code)
+
+
+def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
+    """Print the plan; nothing is written or started."""
+    print(outline(run, config, launcher), flush=True)
+    from atlas.training.plan import detail
+
+    print(detail(config, launcher.world_size))
+
+
+def _run_of(config: dict[str, Any], world_size: int) -> Run:
+    if not config["resume"]:
+        return Run.plan(config, world_size)
+    run = Run.find(config["resume"], config["outputs"])
+    keep_effective_batch(config, run, world_size)
+    return run
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """All of `cfg` as plain values, interpolations resolved; missing values stay `???`."""
+    try:
+        config = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'the configuration'}: {error.msg}") from error
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Show what is a person's to mend as a message, everything else as Python does."""
+    full = "HYDRA_FULL_ERROR" in os.environ  # the person wants to see where it comes from
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
+    try:
+        yield
+    except (AtlasError, HydraException, OmegaConfBaseException) as error:
+        if full:
+            raise
+        print(f"error: {explain(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def explain(error: Exception) -> str:
+    """Hydra's composition errors in words that name key and nearest key."""
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        key = str(cause.full_key or "")
+        parent = cause.parent_node
+        if key and isinstance(parent, DictConfig) and "not in struct" in str(cause):
+            last = key.rpartition(".")[2]
+            known = [str(k) for k in parent]
+            return f"{key} is not a key of the configuration{nearest(last, known)}"
+    return str(error).strip()
+
+
+def _command() -> Command:
+    hydra = HydraConfig.get()
+    own = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    for path in own:
+        # A person's modules sit beside their YAML files.
+        sys.path.insert(0, str(Path(path).absolute()))
+    return Command(list(hydra.overrides.task), own)
