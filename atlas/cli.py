@@ -41,7 +41,7 @@ def sync(args: argparse.Namespace) -> int:
     run = Run.find(args.run, args.outputs)
     writer = shipper.Writer(run) if args.follow else None
     if writer and writer.is_parent:
-        shipper.lower_priority()
+        shipper.step_back()
     if run.config["tracking"]["kind"] == "none":
         from atlas.report import draw
 

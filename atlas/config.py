@@ -131,6 +131,8 @@ KEYS: dict[str, Key] = {
     "schedule._target_": Key(str),
     "model._target_": Key(str),
 }
+# A schedule of a person's own can have others.
+SCHEDULE = {"warmup": Key(int, minimum=0), "floor": Key(float, minimum=0, maximum=1)}
 # The sections in which every key is Atlas's own; elsewhere a person's own keys are welcome.
 CLOSED = ("trainer", "optim")
 TOP = ("model", "optim", "schedule", "data", "cluster", "tracking", "trainer", "run")
@@ -150,6 +152,11 @@ def check(config: Mapping[str, Any]) -> None:
         raise ConfigError(problems)
 
 
+def not_set(key: str) -> str:
+    """The problem of a mandatory value that nobody gave."""
+    return f"{key} is not set; give it a value, for example on the command line: {key}=…"
+
+
 def _lookup(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
     node: Any = config
     for part in key.split("."):
@@ -162,7 +169,7 @@ def _lookup(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
 def _missing(config: Mapping[str, Any]) -> Iterator[str]:
     values = {key: value for key, value in flat(config).items() if value == "???"}
     for key in values:
-        yield f"{key} is not set; give it a value, for example on the command line: {key}=…"
+        yield not_set(key)
     for key, spec in KEYS.items():
         found, _ = _lookup(config, key)
         if not found and not spec.null:
@@ -195,8 +202,8 @@ def _values(config: Mapping[str, Any]) -> Iterator[str]:
         if problem:
             yield f"optim.lr_multipliers.{path}={factor!r} {problem}"
     schedule = config.get("schedule") or {}
-    for name, key in (("warmup", Key(int, minimum=0)), ("floor", Key(float, minimum=0, maximum=1))):
-        if name in schedule and (problem := key.problem(schedule[name])):
+    for name, spec in SCHEDULE.items():
+        if name in schedule and (problem := spec.problem(schedule[name])):
             yield f"schedule.{name}={schedule[name]!r} {problem}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import os
@@ -23,6 +24,13 @@ POINTS = 4_000  # in one curve
 RATES = 12  # groups in one panel
 FIRST = ("val/loss", "val/success", "val/l1")
 LAST_PANELS = 9
+NAMES = {
+    "train/loss": "training loss",
+    "grad_norm": "gradient norm",
+    "val/loss": "validation loss",
+    "val/l1": "validation L1",
+    "val/success": "validation success",
+}
 INK, GREY, BEST, BAD = "#1f3b57", "#9db4c8", "#c8102e", "#e07b00"
 
 Curve = tuple[list[int], list[float]]  # steps and values, in the order of the journal
@@ -35,12 +43,14 @@ def draw(run: Run) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     curves = read_curves(run.journal_file)
     panels = _panels(curves)
     columns = 1 if len(panels) < 2 else 2 if len(panels) <= 4 else 3
     rows = max(1, math.ceil(len(panels) / columns))
-    figure = Figure(figsize=(5.6 * columns + 0.4, 3.5 * rows + 1.1), dpi=110, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(5.6 * columns + 0.4, 3.5 * rows + 1.1), dpi=100, layout=layout)
     temporary = run.path / f".report.png.{os.getpid()}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that the font lacks, an axis without extent
@@ -77,16 +87,17 @@ def read_curves(path: Path) -> dict[str, Curve]:
     return curves
 
 
-def smooth(values: Sequence[float], span: float) -> list[float]:
-    """The exponential average over about `span` values, unbiased at the start; NaN is skipped."""
-    keep = math.exp(-1 / max(span, 1e-9))
-    total = weight = 0.0
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """The median of the `width` values around each: no lag, and a spike stays where it was."""
+    half = width // 2
+    window: list[float] = sorted(values[:half])
     out = []
-    for value in values:
-        if math.isfinite(value):
-            total = keep * total + (1 - keep) * value
-            weight = keep * weight + (1 - keep)
-        out.append(total / weight if weight else math.nan)
+    for at in range(len(values)):
+        if at + half < len(values):
+            bisect.insort(window, values[at + half])
+        if at - half > 0:
+            window.pop(bisect.bisect_left(window, values[at - half - 1]))
+        out.append(window[len(window) // 2])
     return out
 
 
@@ -101,12 +112,16 @@ def _panels(curves: dict[str, Curve]) -> list[list[str]]:
 
 
 def _panel(axes: Axes, keys: list[str], curves: dict[str, Curve]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.grid(color="#e6ebf0", linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize=8, color=GREY)
     axes.set_xlabel("update", size=8, color="#556")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     if keys[0].startswith("lr/"):
         _draw_rates(axes, keys, curves)
     elif keys[0].startswith("val/"):
@@ -117,28 +132,27 @@ def _panel(axes: Axes, keys: list[str], curves: dict[str, Curve]) -> None:
 
 
 def _draw_noisy(axes: Axes, key: str, curve: Curve) -> None:
-    """Every value, pale, and their average over a fiftieth of the curve."""
+    """Every value, pale, and their median over a thirtieth of the curve."""
     steps, values = _finite(curve)
-    average = smooth(values, len(values) / 50)
+    middle = smooth(values, len(values) // 30)
     axes.plot(*_thin(steps, values), color=GREY, linewidth=0.7, alpha=0.7, **_dots(steps))
-    axes.plot(*_thin(steps, average), color=INK, linewidth=1.6)
-    last = _last(average)
-    _heading(axes, {"train/loss": "training loss"}.get(key, _plain(key)), f"now {last:.4g}")
-    _scale(axes, average)
+    axes.plot(*_thin(steps, middle), color=INK, linewidth=1.6)
+    _heading(axes, NAMES.get(key, _plain(key)), f"now {_last(middle):.4g}")
+    _scale(axes, [max(values, default=0.0), *middle])
 
 
 def _draw_validation(axes: Axes, key: str, curve: Curve) -> None:
     """Every value, and the best one of a loss or of a success marked."""
     steps, values = _finite(curve)
     axes.plot(*_thin(steps, values), color=INK, linewidth=1.4, marker="o", markersize=3)
-    name = {"val/loss": "validation loss", "val/l1": "validation L1"}.get(key)
+    name = NAMES.get(key) or f"validation: {_plain(key.removeprefix('val/'))}"
     note = f"now {_last(values):.4g}"
     better = _better(key)
     if better and values:
         at = values.index(better(values))
         axes.plot(steps[at], values[at], marker="*", markersize=13, color=BEST, zorder=3)
         note = f"best {values[at]:.4g} at {steps[at]:,}"
-    _heading(axes, name or f"validation: {_plain(key.removeprefix('val/'))}", note)
+    _heading(axes, name, note)
     if key == "val/success":
         axes.set_ylim(-0.03, 1.03)
     else:
@@ -165,8 +179,8 @@ def _draw_rates(axes: Axes, keys: list[str], curves: dict[str, Curve]) -> None:
         axes.set_yscale("symlog", linthresh=min(positive) / 5)  # zero is a rate too
         axes.set_ylim(0, top * 1.5)
     else:
-        axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes.set_ylim(0, top * 1.05 or 1.0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     axes.legend(fontsize=7, frameon=False, ncols=1 if len(order) < 5 else 2)
 
 
@@ -196,6 +210,8 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     low, high = min(values, default=0.0), max(values, default=0.0)
     if low > 0 and high / low > 30:
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _title(figure: Figure, run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from atlas.errors import ConfigError
@@ -14,14 +14,16 @@ from atlas.run import Command, Run
 LOCATORS = ("resume", "outputs", "name")
 
 
-def adopt(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
     """The configuration of the run that `resume` names, with what was typed beside it.
 
     Only what does not change the result can be typed: anything else is an error that names it.
+    The run's own overrides and modules become those of `command`.
     """
     run = Run.find(str(config["resume"]), config["outputs"])
-    adopted = {k: v for k, v in copy.deepcopy(run.config).items() if k != "run"}
-    typed = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in overrides]
+    adopted = copy.deepcopy(run.config)
+    head = adopted.pop("run")
+    typed = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in command.overrides]
     foreign = [k for k in typed if not is_excluded(k) and k not in CUT]
     if foreign:
         raise ConfigError(
@@ -34,6 +36,8 @@ def adopt(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     for key in typed:
         if key not in LOCATORS:
             _copy(config, adopted, key.replace("/", "."))
+    command.overrides = head["overrides"]
+    command.sys_path = list(dict.fromkeys([*command.sys_path, *head["sys_path"]]))
     adopted["resume"] = config["resume"]
     adopted["outputs"] = str(run.path.parent.parent)
     return adopted

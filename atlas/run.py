@@ -81,6 +81,12 @@ class Run:
         with open(self.config_file) as file:
             return dict(yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
+    def use_modules(self) -> None:
+        """Put the folders of the person's own modules on `sys.path`, as they were at submit."""
+        for entry in reversed(self.config["run"]["sys_path"]):
+            if entry not in sys.path:
+                sys.path.insert(0, entry)
+
     @property
     def identity(self) -> dict[str, Any]:
         """The part of the configuration that the id hashes."""

@@ -25,7 +25,7 @@ from atlas.lock import replace
 from atlas.run import ROOT, Run
 
 PARENT = "ATLAS_SYNC_PARENT"  # in a shipper's environment: the process whose run it sends
-NICENESS = 10
+NICENESS = 5  # a quarter of what training gets, where both want the processor
 WARN_EVERY_S = 1.0
 REPORT_WAIT_S = 5.0
 # Enough for a last batch and the final state before Slurm follows its SIGTERM with SIGKILL (30 s).
@@ -237,16 +237,16 @@ class Writer:
         self._expires = min(self._expires, time.monotonic() + TERM_GRACE_S)
 
 
-def lower_priority() -> None:
-    """Step back behind training.
+def step_back() -> None:
+    """Run behind training, and out of the reach of what is meant for its process group.
 
-    A process in a session of its own is in an autogroup of its own too, and niceness counts only
-    inside one: the group needs its own.
+    Not in a session of its own: Linux gives every session an equal share of the processor
+    (autogroup), and niceness counts only inside one.
     """
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(NICENESS))
+        os.setpgid(0, 0)
 
 
 def masked(text: str) -> str:
@@ -311,7 +311,6 @@ def _spawn(run: Run, *options: str) -> subprocess.Popen[bytes]:
                 stdout=log,
                 stderr=log,
                 env=_environment(),
-                start_new_session=True,  # Ctrl-C is for the run; it tells the shipper
                 close_fds=True,
             )
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import getpass
 import importlib.metadata
 import logging
 import os
@@ -28,6 +29,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+import atlas
 from atlas.errors import AtlasError
 from atlas.identity import flat, is_excluded
 from atlas.lock import guarded
@@ -38,7 +40,8 @@ BATCH = 1000  # MLflow's limit of metrics in a request
 SMALLEST_BATCH = 50
 POLL_S = 1.0
 LONGEST_PAUSE_S = 10.0
-GIVE_UP_S = 10.0  # after the end of a run: how long a store that fails is tried
+GIVE_UP_S = 10.0  # after the end of a run: how long a store that fails is tried,
+TRIES = 3  # and at least how often
 REDRAW_S = 30.0
 BUSY_WAIT_S = 60.0
 ENDED = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
@@ -104,6 +107,7 @@ class Shipping:
         self._size = BATCH
         self._pause = POLL_S
         self._progress = time.monotonic()  # when something last worked
+        self._failures = 0  # since then
         self._drawn: tuple[int, bool] | None = None  # the journal's size then, whether it was over
         self._redraw = time.monotonic() + REDRAW_S
 
@@ -116,7 +120,7 @@ class Shipping:
             if over and not ended:
                 ended, self._progress = True, time.monotonic()
             done = self._turn(over, writer)
-            if over and (done or time.monotonic() - self._progress > GIVE_UP_S):
+            if over and (done or self._hopeless()):
                 break
             if writer and writer.expired():
                 break
@@ -157,9 +161,14 @@ class Shipping:
         # A server that is too slow for a whole batch may manage a smaller one.
         self._size = max(SMALLEST_BATCH, self._size // 2)
         self._pause = min(LONGEST_PAUSE_S, self._pause * 2)
+        self._failures += 1
+
+    def _hopeless(self) -> bool:
+        late = time.monotonic() - self._progress > GIVE_UP_S
+        return late and self._failures >= TRIES
 
     def _worked(self) -> None:
-        self._progress, self._pause = time.monotonic(), POLL_S
+        self._progress, self._pause, self._failures = time.monotonic(), POLL_S, 0
         if self._record.error:
             say(f"MLflow at {self._record.uri} works")
             self._record.error = None
@@ -211,7 +220,7 @@ class Shipping:
         self._sent += len(batch) - len(refused)
         self._refused += len(refused)
         self._size = min(BATCH, self._size * 2)
-        self._progress = time.monotonic()
+        self._progress, self._failures = time.monotonic(), 0
 
     def _draw(self, over: bool) -> None:
         """Redraw the report where there are new lines, now and then and at the end."""
@@ -508,6 +517,7 @@ def tags(run: Run, config: Mapping[str, Any], status: Mapping[str, Any]) -> dict
         **{f"atlas.{name}": version for name, version in _versions().items()},
         "mlflow.source.name": status.get("command"),
         "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
         "mlflow.source.git.commit": code.get("commit"),
     }
     excluded = _excluded(config, run.identity)
@@ -528,12 +538,12 @@ def note_run_id(run: Run, record: Record) -> None:
 def reason(error: BaseException) -> str:
     """An error of MLflow's, its server's or its database's in a few words, without credentials."""
     text = str(error)
+    code = re.search(r"failed with error code (\d+)|too many (\d+) error responses", text)
+    if code:
+        return f"it answers with HTTP status {code[1] or code[2]}"
     short = re.search(r"\[Errno -?\d+\] ([^')\]]+)|(Read timed out)|(database is locked)", text)
     if short:
         return str(next(filter(None, short.groups())))
-    code = re.search(r"failed with error code (\d+)", text)
-    if code:
-        return f"it answers with HTTP status {code[1]}"
     first = text.strip().partition("\n")[0] or type(error).__name__
     return masked(first if len(first) <= 300 else f"{first[:300]} …")
 
@@ -582,11 +592,17 @@ def _excluded(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[st
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("atlas", "torch", "mlflow"):
+    found = {"version": atlas.__version__, "python": platform.python_version()}
+    for name in ("torch", "mlflow"):  # read, not imported
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found["version" if name == "atlas" else name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
     return found
+
+
+def _user() -> str | None:
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        return getpass.getuser()
+    return None
 
 
 def _active(found: MlflowRun) -> MlflowRun:

@@ -29,9 +29,7 @@ def main(path: str | Path) -> int:
     """Train the run in directory `path` as the rank that the environment says."""
     run = Run(path)
     rank = int(os.environ.get("RANK", 0))
-    for entry in reversed(run.config["run"]["sys_path"]):
-        if entry not in sys.path:
-            sys.path.insert(0, entry)
+    run.use_modules()
     with logged(run, rank):
         try:
             with Stop() as stop, held(run, rank) as lock:

@@ -10,25 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from atlas.config import check
-from atlas.errors import EXIT_DONE, AtlasError, ConfigError, nearest
+from atlas.config import check, not_set
+from atlas.errors import EXIT_DONE, AtlasError, ConfigError
+from atlas.identity import flat
 from atlas.plan import outline, summary
 from atlas.resume import adopt, announce, keep_effective_batch
-from atlas.run import Command, Run
+from atlas.run import ROOT, Command, Run
 from launchers.base import Launcher
+from launchers.explain import explain
+
+# Set by a person who wants to see where an error comes from.
+FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
 
 
 def launch(cfg: DictConfig) -> None:
     """Check `cfg`, create its run and hand it to its launcher; exits with the run's exit code."""
+    with reported():  # here too, or Hydra adds words of its own to an error
+        _launch(cfg)
+
+
+def _launch(cfg: DictConfig) -> None:
     command = _command()
     config = resolve(cfg)
     if config.get("resume"):
-        config = adopt(config, command.overrides)
+        config = adopt(config, command)
     check(config)
     config["outputs"] = str(Path(config["outputs"]).absolute())
     launcher: Launcher = instantiate(config["cluster"])
@@ -70,6 +80,10 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     """All of `cfg` as plain values, interpolations resolved; missing values stay `???`."""
     try:
         config = OmegaConf.to_container(cfg, resolve=True)
+    except InterpolationToMissingValueError as error:
+        raw: Any = OmegaConf.to_container(cfg, resolve=False)
+        missing = [key for key, value in flat(raw).items() if value == "???"]
+        raise ConfigError([not_set(key) for key in missing]) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the configuration'}: {error.msg}") from error
     assert isinstance(config, dict)
@@ -79,28 +93,14 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Show what is a person's to mend as a message, everything else as Python does."""
-    full = "HYDRA_FULL_ERROR" in os.environ  # the person wants to see where it comes from
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
     try:
         yield
     except (AtlasError, HydraException, OmegaConfBaseException) as error:
-        if full:
+        if FULL_ERROR:
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {explain(error, ROOT / 'conf', check)}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def explain(error: Exception) -> str:
-    """Hydra's composition errors in words that name key and nearest key."""
-    cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
-        key = str(cause.full_key or "")
-        parent = cause.parent_node
-        if key and isinstance(parent, DictConfig) and "not in struct" in str(cause):
-            last = key.rpartition(".")[2]
-            known = [str(k) for k in parent]
-            return f"{key} is not a key of the configuration{nearest(last, known)}"
-    return str(error).strip()
 
 
 def _command() -> Command:

@@ -55,7 +55,7 @@ class LeRobot:
     root: str | Path
     split: str = "train"
     cameras: Sequence[str] | None = None
-    image_size: Sequence[int] = (64, 64)
+    image_size: Sequence[int] = (56, 56)
     state_key: str = "observation.state"
     action_key: str | None = "action"
     action_offset: int | None = None
@@ -228,8 +228,8 @@ def _statistics(parts: Iterable[np.ndarray]) -> dict[str, list[float]]:
         count += len(part)
         total = total + part.sum(axis=0)
         square = square + (part**2).sum(axis=0)
-    mean = total / count
-    std = np.sqrt(np.maximum(square / count - mean**2, 0))
+    mean = total / max(count, 1)
+    std = np.sqrt(np.maximum(square / max(count, 1) - mean**2, 0))
     # A joint that (nearly) never moved is not blown up to the size of those that did.
     floor = 1e-3 * std.max() or 1.0
     return {"mean": mean.tolist(), "std": np.maximum(std, floor).tolist()}
@@ -278,12 +278,8 @@ def _wrong_values(data: LeRobot) -> list[str]:
     if offset is not None and (not isinstance(offset, int) or offset < 0):
         problems.append(f"data.action_offset={offset} must be null or a number of rows from 0 up")
     size = data.image_size
-    if (
-        isinstance(size, int)
-        or len(size) != 2
-        or not all(isinstance(n, int) and n > 0 for n in size)
-    ):
-        problems.append(f"data.image_size={size} must be two numbers of pixels, as [64,64] (H, W)")
+    if isinstance(size, int) or [isinstance(n, int) and n > 0 for n in size] != [True, True]:
+        problems.append(f"data.image_size={size} must be two numbers of pixels, as [56,56] (H, W)")
     for name, choices in (("split", ("train", "val")), ("on_missing", ("skip", "error"))):
         if (value := getattr(data, name)) not in choices:
             problems.append(f"data.{name}={value} is unknown{nearest(str(value), choices)}")
@@ -330,16 +326,16 @@ def _find_episodes(data: LeRobot, recordings: Recordings) -> tuple[list[int], li
     """The episodes of which all files are there, and those of which one is not."""
     present: list[int] = []
     missing: list[int] = []
+    first: Path | None = None
     for episode in recordings.lengths:
         files = recordings.files(episode, list(data.cameras or []))
-        (present if all(file.is_file() for file in files) else missing).append(episode)
+        absent = [file for file in files if not file.is_file()]
+        (missing if absent else present).append(episode)
+        first = first or next(iter(absent), None)
     if missing:
-        first = next(
-            f for f in recordings.files(missing[0], list(data.cameras or [])) if not f.is_file()
-        )
         said = (
             f"{recordings.root}: {len(missing)} of the {len(recordings.lengths)} episodes that "
-            f"meta/episodes.jsonl names are not there (the first: {first})"
+            f"meta/episodes.jsonl names are not there (the first file: {first})"
         )
         if data.on_missing == "error":
             raise ConfigError(f"{said}; fetch them, or leave them out: data.on_missing=skip")

@@ -45,7 +45,8 @@ class Recordings:
     @property
     def cameras(self) -> list[str]:
         """The keys of the features that are videos."""
-        return [key for key, value in self.info["features"].items() if value["dtype"] == "video"]
+        features = self.info["features"].items()
+        return [key for key, value in features if value.get("dtype") == "video"]
 
     @property
     def vectors(self) -> dict[str, int]:
@@ -53,7 +54,7 @@ class Recordings:
         return {
             key: int(value["shape"][0])
             for key, value in self.info["features"].items()
-            if value["dtype"].startswith("float") and len(value["shape"]) == 1
+            if value.get("dtype") in ("float32", "float64") and len(value["shape"]) == 1
         }
 
     def table(self, episode: int) -> Path:

@@ -108,12 +108,14 @@ def command(grippers: Floats, targets: Floats) -> Floats:
     way = targets - grippers
     distance = np.linalg.norm(way, axis=-1, keepdims=True)
     length = np.minimum(GAIN * distance, STEP)
-    return (way * (length / np.maximum(distance, 1e-6))).astype(np.float32)
+    action: Floats = way * (length / np.maximum(distance, 1e-6))
+    return action
 
 
 def move(grippers: Floats, actions: Floats) -> Floats:
     """[N, 2] the grippers after these displacements; the edge of the table stops them."""
-    return np.clip(grippers + actions, 0.0, 1.0).astype(np.float32)
+    stopped: Floats = np.clip(grippers + actions, 0.0, 1.0)
+    return stopped
 
 
 def demonstrate(scenes: Scenes) -> tuple[Floats, Floats, Ints]:
@@ -137,7 +139,8 @@ def demonstrate(scenes: Scenes) -> tuple[Floats, Floats, Ints]:
 
 def on_target(scenes: Scenes, grippers: Floats) -> NDArray[np.bool_]:
     """[N] whether the gripper is on the object that is asked for."""
-    return np.linalg.norm(grippers - scenes.targets, axis=-1) < TOUCH
+    touched: NDArray[np.bool_] = np.linalg.norm(grippers - scenes.targets, axis=-1) < TOUCH
+    return touched
 
 
 def draw_tables(scenes: Scenes) -> Pixels:
@@ -176,7 +179,8 @@ def _blend(pixels: Floats, colour: float | Floats, inside: Floats) -> Floats:
     The half pixel on each side of the edge is mixed, so that places finer than a pixel show.
     """
     cover = np.clip(inside + 0.5, 0.0, 1.0)
-    return pixels + cover * (colour - pixels)
+    painted: Floats = pixels + cover * (colour - pixels)
+    return painted
 
 
 def _project(points: Floats, camera: str) -> tuple[Floats, Floats]:
@@ -210,7 +214,8 @@ def _draw_objects(scenes: Scenes, camera: str) -> Pixels:
             inside = _inside(name, centres[chosen], RADIUS * scale[chosen])
             colour = _COLOUR_VALUES[colours[chosen]][:, :, None, None]
             image[chosen] = _blend(image[chosen], colour, inside[:, None])
-    return image.round().astype(np.uint8)
+    drawn: Pixels = image.round().astype(np.uint8)
+    return drawn
 
 
 def _inside(kind: str, centres: Floats, radius: Floats) -> Floats:
@@ -219,11 +224,13 @@ def _inside(kind: str, centres: Floats, radius: Floats) -> Floats:
     x = grid[None, None, :] - centres[:, 0, None, None]
     y = grid[None, :, None] - centres[:, 1, None, None]
     size = radius[:, None, None]
+    inside: Floats
     if kind == "box":
-        return 0.85 * size - np.maximum(np.abs(x), np.abs(y))
-    if kind == "cone":  # an upright triangle; 0.894 and 0.447 are its sides' unit normal
-        return np.minimum(0.894 * size * 0.6 - 0.894 * np.abs(x) + 0.447 * y, size - y)
-    distance = np.sqrt(x * x + y * y)
-    if kind == "ring":
-        return 0.32 * size - np.abs(distance - 0.75 * size)
-    return size - distance
+        inside = 0.85 * size - np.maximum(np.abs(x), np.abs(y))
+    elif kind == "cone":  # an upright triangle; 0.894 and 0.447 are its sides' unit normal
+        inside = np.minimum(0.894 * (0.6 * size - np.abs(x)) + 0.447 * y, size - y)
+    elif kind == "ring":
+        inside = 0.32 * size - np.abs(np.sqrt(x * x + y * y) - 0.75 * size)
+    else:
+        inside = size - np.sqrt(x * x + y * y)
+    return inside

@@ -22,7 +22,8 @@ class ChunkHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B, width]; returns [B, T, A]."""
-        return self.layers(features).view(-1, *self.shape)
+        actions: Tensor = self.layers(features)
+        return actions.view(-1, *self.shape)
 
     def errors(self, predicted: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
         """[B, T, A] absolute errors in float32, exactly 0 where `mask` [B, T] is False."""

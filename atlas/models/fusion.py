@@ -60,7 +60,8 @@ class LanguageQueriedSoftmax(nn.Module):
         seen = look @ torch.cat(
             [self.places.to(values.dtype).expand(*values.shape[:2], -1, -1), values], dim=-1
         )
-        return self.mix(torch.cat([seen.flatten(1), language, state], dim=-1))
+        mixed: Tensor = self.mix(torch.cat([seen.flatten(1), language, state], dim=-1))
+        return mixed
 
 
 def _places(grid: tuple[int, int]) -> Tensor:

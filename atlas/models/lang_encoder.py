@@ -40,7 +40,7 @@ class WordEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self._known: dict[str, list[int]] = {}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def tokenize(self, texts: list[str]) -> Tensor:
         """[B, L] int64 on the module's device: a start token, the words, padding."""
         rows = [self._known.get(text) or self._row(text) for text in texts]
@@ -62,4 +62,5 @@ class WordEncoder(nn.Module):
         valid = ids != self.ids[PAD]
         for block in self.blocks:
             tokens = block(tokens, valid)
-        return self.norm(tokens[:, 0])
+        vectors: Tensor = self.norm(tokens[:, 0])
+        return vectors

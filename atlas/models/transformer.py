@@ -33,11 +33,13 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
         """tokens [B, L, width]; valid [B, L], False where a token is padding to be ignored."""
         tokens = tokens + self.dropout(self._attend(self.norm_attention(tokens), valid))
-        return tokens + self.dropout(self.mlp(self.norm_mlp(tokens)))
+        tokens = tokens + self.dropout(self.mlp(self.norm_mlp(tokens)))
+        return tokens
 
     def _attend(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mask = None if valid is None else valid[:, None, None, :]
         mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return out

@@ -59,4 +59,5 @@ class VisionTransformer(nn.Module):
         tokens = torch.cat([registers.to(patches.dtype), patches], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.norm(tokens[:, len(self.register_tokens) :])
+        features: Tensor = self.norm(tokens[:, len(self.register_tokens) :])
+        return features

@@ -98,7 +98,8 @@ class VLA(nn.Module):
         patches = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         language = self.lang_encoder(batch["instruction"])
         features = self.fusion(patches, language, self._describe(batch["state"]))
-        return self.action_head(features)
+        actions: Tensor = self.action_head(features)
+        return actions
 
     def _describe(self, state: Tensor) -> Tensor:
         """[B, K * S]: the last state and the changes that led to it, each in its own scale.

@@ -211,3 +211,8 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, Any], origin: str) 
             f"{origin} holds the weights of another model; these tensors differ:\n{shown}"
         )
     model.load_state_dict(state)
+
+
+def averaged(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights to use a checkpoint with: the averaged ones where it has them."""
+    return {**saved["model"], **(saved["ema"] or {})}

@@ -108,7 +108,7 @@ def clip_factor(norm: torch.Tensor, largest: float) -> torch.Tensor:
     return torch.clamp(largest / (norm + 1e-6), max=1.0)
 
 
-def scalars(out: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def scalars(out: Mapping[str, Any]) -> dict[str, Number]:
     """What a model returned beside `loss` and `weight` that is one number."""
     return {
         name: value.detach() if isinstance(value, torch.Tensor) else value

@@ -19,7 +19,7 @@ from atlas.stop import Stop
 from atlas.tracking import Tracker
 from atlas.training import distributed
 from atlas.training.build import Parts, build
-from atlas.training.checkpoint import Checkpoints, load_weights
+from atlas.training.checkpoint import Checkpoints, averaged, load_weights
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
 from atlas.training.stream import TrainStream
@@ -144,11 +144,6 @@ def start_from(reference: str, outputs: str | Path, model: torch.nn.Module) -> N
     if saved is None:
         raise AtlasError(f"init_from={reference}: {source.path} holds no checkpoint")
     load_weights(model, averaged(saved), f"init_from={reference}")
-
-
-def averaged(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights to use a checkpoint with: the averaged ones where it has them."""
-    return {**saved["model"], **(saved["ema"] or {})}
 
 
 def frozen_state(parts: Parts) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,8 +57,8 @@ class Fetcher:
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
         self._seed = seed
-        self._batch = getattr(dataset, "batch", None)
-        self._takes_seeds = bool(self._batch) and len(inspect.signature(self._batch).parameters) > 1
+        self._batch: Callable[..., Batch] | None = getattr(dataset, "batch", None)
+        self._takes_seeds = self._batch is not None and _arguments(self._batch) > 1
         self._collate = getattr(dataset, "collate", default_collate)
 
     def fetch(self, ids: Ids, positions: Sequence[int] | Ids) -> Batch:
@@ -153,6 +153,10 @@ class ValidationStream:
         if self._workers == 0:
             return map(self.__getitem__, self._chunks)
         return iter(loader(self, self._chunks, self._workers, self._device))
+
+
+def _arguments(function: Callable[..., Any]) -> int:
+    return len(inspect.signature(function).parameters)
 
 
 def loader(source: Any, requests: Iterable[Any], workers: int, device: torch.device) -> Any:

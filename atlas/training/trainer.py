@@ -270,10 +270,8 @@ class Trainer:
         """What follows an update: validate, journal, save, stop; each only where it is due."""
         improved = False
         if self._validation_due():
-            try:
+            with contextlib.suppress(Interrupted):  # then it is validated after the restart
                 improved = self.validate()
-            except Interrupted:
-                pass  # validated after the restart instead
         requests = self.agreement.exchange(self._requests())
         ended = self._ended(requests)
         if improved or ended or requests.save or self._save_due():
@@ -362,6 +360,7 @@ class Trainer:
             return None
         return Validation(
             self.parts.val,
+            self.parts.train,
             self.world,
             self.seeds,
             self.autocast,

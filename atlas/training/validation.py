@@ -27,6 +27,7 @@ class Validation:
     def __init__(
         self,
         dataset: Any,
+        train: Any,
         world: World,
         seeds: StepSeeds,
         autocast: contextlib.AbstractContextManager[Any],
@@ -37,6 +38,8 @@ class Validation:
         batches: int | None,
     ) -> None:
         self._dataset = dataset
+        self._train = train
+        self._baselines: dict[str, float] | None = None
         self._world = world
         self._seeds = seeds
         self._autocast = autocast
@@ -56,6 +59,7 @@ class Validation:
         sums = self._measure(model, interrupted)
         weight = max(sums.pop("weight"), 1e-12)
         metrics = {f"val/{name}": value / weight for name, value in sums.items()}
+        metrics.update(self._against_baselines(metrics))
         metrics.update(self._rollouts(model))
         metrics["val/time_s"] = time.perf_counter() - began
         return metrics
@@ -79,6 +83,18 @@ class Validation:
                 # In float64 and on the device: exact enough for any size, and nothing waits.
                 sums[name] = sums.get(name, 0.0) + double(value) * double(weight)
         return self._over_ranks({name: float(value) for name, value in sums.items()})
+
+    def _against_baselines(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """`val/l1_vs_<baseline>` for every trivial prediction that the data set knows the L1 of."""
+        if "val/l1" not in metrics or not hasattr(self._dataset, "baselines"):
+            return {}
+        if self._baselines is None:
+            self._baselines = self._dataset.baselines(self._train)
+        return {
+            f"val/l1_vs_{name}": metrics["val/l1"] / error
+            for name, error in self._baselines.items()
+            if error > 0
+        }
 
     def _rollouts(self, model: Any) -> dict[str, float]:
         """The mean of each outcome over the data set's scenes, such as `val/success`."""

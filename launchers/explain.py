@@ -1,0 +1,86 @@
+"""A configuration that cannot be composed, explained: every wrong override, in one message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from atlas.errors import AtlasError, ConfigError, nearest
+
+
+def explain(error: Exception, conf: Path, check: Callable[[dict[str, Any]], None]) -> str:
+    """Words for `error` and for all else that is wrong with the command line.
+
+    Composition stops at the first wrong override; here that one is left out and the rest is
+    composed again, until it can be, and then `check`ed.
+    """
+    if isinstance(error, AtlasError):
+        return str(error)
+    overrides = [a for a in sys.argv[1:] if a.startswith("~") or (a[:1] != "-" and "=" in a)]
+    problems = [words(error)]
+    while (culprit := _culprit(error, overrides)) is not None:
+        overrides.remove(culprit)
+        try:
+            check(_compose(conf, overrides))
+        except ConfigError as found:
+            problems += found.problems
+            break
+        except (HydraException, OmegaConfBaseException) as found:
+            error = found
+            problems.append(words(error))
+        else:
+            break
+    return str(ConfigError(list(dict.fromkeys(problems))))
+
+
+def words(error: Exception) -> str:
+    """One of Hydra's or OmegaConf's errors in words that name key, value and remedy."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name} is not an option{nearest(name, error.options)}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        key, parent = str(cause.full_key), cause.parent_node
+        if isinstance(parent, DictConfig) and "not in struct" in str(cause):
+            known = [str(name) for name in parent]
+            return (
+                f"{key} is not a key of the configuration{nearest(key.rpartition('.')[2], known)}"
+                f" (to add a key of your own: +{key}=…)"
+            )
+        return f"{key}: {cause.msg or cause}"
+    return " ".join(str(error).split())
+
+
+def _culprit(error: Exception, overrides: list[str]) -> str | None:
+    """The override that `error` is about."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, OverrideParseException):
+        return error.override if error.override in overrides else None
+    names = {override: override.partition("=")[0].lstrip("+~") for override in overrides}
+    if isinstance(error, MissingConfigException):
+        group = str(error.missing_cfg_file).rpartition("/")[0]
+        return next((text for text, name in names.items() if name == group), None)
+    key = str(getattr(cause, "full_key", "") or "")
+    exact = [text for text, name in names.items() if name == key]
+    around = [
+        text
+        for text, name in names.items()
+        if key and (key.startswith(f"{name}.") or name.startswith(f"{key}."))
+    ]
+    return next(iter(exact + around), None)
+
+
+def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", overrides), resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}

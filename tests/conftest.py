@@ -1,0 +1,17 @@
+"""One torch thread in every test: they run side by side, and sums keep their order."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in child processes
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> None:
+    """For a torch that was imported before this file."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)

@@ -1,0 +1,64 @@
+"""A model, a data set, an optimizer and a schedule that are not Atlas's, for the tests."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Points(torch.utils.data.Dataset):
+    """Noisy samples of a line; the noise is drawn anew whenever a sample is read."""
+
+    def __init__(self, samples: int, noise: float = 0.1, bad: int = -1, delay: float = 0.0) -> None:
+        self.samples, self.noise, self.bad, self.delay = samples, noise, bad, delay
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        time.sleep(self.delay)
+        x = torch.linspace(-1, 1, 4) * math.sin(index)
+        jitter = np.random.normal() + random.gauss(0, 1) + torch.randn(()).item()
+        y = x.sum() + self.noise * jitter
+        return {"x": x, "y": y if index != self.bad else y * math.nan}
+
+
+class Net(nn.Module):
+    """Two layers with dropout; `pause` seconds a forward pass make a step take its time."""
+
+    def __init__(self, width: int = 16, dropout: float = 0.2, pause: float = 0.0) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, width)
+        self.norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(width, 1)
+        self.pause = pause
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        time.sleep(self.pause)
+        hidden = self.drop(torch.tanh(self.norm(self.encoder(batch["x"]))))
+        error = self.head(hidden)[:, 0] - batch["y"]
+        return {"loss": error.square().mean(), "mae": error.abs().mean()}
+
+
+class Plain(torch.optim.Optimizer):
+    """Gradient descent as its own class."""
+
+    def __init__(self, params, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(p.grad, alpha=-group["lr"])
+
+
+def staircase(step: int, total: int, stairs: int) -> float:
+    """Down in equal stairs."""
+    return 1.0 - math.floor(step / total * stairs) / stairs
