@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from atlas.errors import ConfigError
 from atlas.run import Run
@@ -18,17 +19,23 @@ class Handle(abc.ABC):
 
     @abc.abstractmethod
     def wait(self) -> int:
-        """Block until the run has ended; returns the exit code (0 done, 75 resumable, else failed)."""
+        """Block until the run has ended; the exit code (0 done, 75 resumable, else failed)."""
 
     @abc.abstractmethod
     def cancel(self) -> None:
         """Ask the run to save and stop."""
+
+    def describe(self) -> str:
+        """Where the run is, and the commands that follow it; empty where that is plain."""
+        return ""
 
 
 class Launcher(abc.ABC):
     """Starts runs; `nodes` x `nproc_per_node` ranks each, a GPU a rank."""
 
     name: str
+    # Whether `submit` leaves the runs to a queue, so that nobody waits for their end.
+    detached: bool = False
 
     def __init__(self, nodes: int, nproc_per_node: int | str, device: str) -> None:
         self.nodes = nodes
@@ -43,6 +50,13 @@ class Launcher(abc.ABC):
     @abc.abstractmethod
     def check(self) -> None:
         """Raise `ConfigError` for what this place cannot do."""
+
+    def preflight(self, configs: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `ConfigError` for what would fail after the wait, before anything is created."""
+
+    def script(self, run: Run, config: Mapping[str, Any]) -> str:
+        """What `dry_run` shows of the submission; empty where there is nothing to show."""
+        return ""
 
     @abc.abstractmethod
     def submit(self, runs: Sequence[Run]) -> list[Handle]:

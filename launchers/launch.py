@@ -51,13 +51,17 @@ def _launch(cfg: DictConfig) -> None:
         print(summary(run))
         return
     announce(run, config, launcher.world_size, command)
+    launcher.preflight([config])
     if config["fresh"] and (aside := run.move_aside()):
         print(f"moved the run that was there aside: {aside}")
     run.create(config, launcher.world_size, command)
     print(f"run {run.id} in {run.path}", flush=True)
-    code = max(handle.wait() for handle in launcher.submit([run]))
-    if code != EXIT_DONE:
-        raise SystemExit(code)
+    for handle in launcher.submit([run]):
+        if text := handle.describe():
+            print(text, flush=True)
+        code = EXIT_DONE if launcher.detached else handle.wait()
+        if code != EXIT_DONE:
+            raise SystemExit(code)
 
 
 def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
@@ -66,6 +70,8 @@ def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
     from atlas.training.plan import detail
 
     print(detail(config, launcher.world_size))
+    if script := launcher.script(run, config):
+        print(f"\n{script}")
 
 
 def _run_of(config: dict[str, Any], world_size: int) -> Run:

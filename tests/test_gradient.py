@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +13,12 @@ import torch
 from torch import nn
 
 from atlas.schedule import Constant
+from atlas.training import distributed
 from atlas.training.distributed import World
 from atlas.training.gradient import Gradient, Sums
 from atlas.training.optim import Optimizer, group_parameters
 from atlas.training.stream import TrainStream
 
-ROOT = Path(__file__).resolve().parents[1]
 ALONE = World(0, 0, 1, torch.device("cpu"))
 CUTS = [(1, 32), (2, 16), (4, 8), (32, 1)]
 
@@ -179,46 +176,43 @@ def test_scalars_are_not_summed_where_nothing_is_logged():
     assert set(sums.means()) == {"train/loss"}
 
 
-# One of two ranks, which see samples of different valid length: rank 1 has many more.
-RANK = """
-import json, sys, torch
-sys.path.insert(0, "tests")
-from test_gradient import *
-from atlas.training import distributed
-world = distributed.init("cpu")
-for weight in ("tensor", "number", "none"):
-    torch.manual_seed(0)
-    model = Net(None if weight == "none" else weight)
-    optimizer = Optimizer(
-        group_parameters(model, {}), torch.optim.SGD, base_lr=0.1, schedule=Constant(), steps=10
-    )
-    for detailed in (True, False):
-        data = Chunks("equal" if weight == "none" else "different")
-        data.mask[16:] *= float(weight == "none")
-        data.mask[16:, 0] = 1
-        stream = TrainStream(data, seed=0, batch_size=8, accumulate=2, workers=0, world=world)
-        sums = Sums(detailed)
-        for micro in range(2):
-            # as DDP: rank r takes part 2 * micro + r, here in the order of the data set
-            part = slice(16 * world.rank + 8 * micro, 16 * world.rank + 8 * micro + 8)
-            batch = {"x": data.x[part], "y": data.y[part], "mask": data.mask[part]}
-            sums.add(model(batch)).backward()
-        for parameter in model.parameters():
-            world.sum(parameter.grad).div_(2)  # what DDP leaves behind
-        sums.over_ranks(world)
-        norm, _ = Gradient(optimizer, world, None).finish(0, sums)
-        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        whole = Net(None)
-        out = whole({"x": data.x, "y": data.y, "mask": data.mask})
-        out["loss"].backward()
-        expected = torch.cat([p.grad.flatten() for p in whole.parameters()])
-        row = [weight, detailed, difference(gradient, expected)]
-        row.append(abs(float(sums.means()["train/loss"]) - float(out["loss"])) if detailed else 0.0)
-        print(json.dumps(row))
-        for parameter in model.parameters():
-            parameter.grad = None
-distributed.finish()
-"""
+Row = tuple[str, bool, float, float]
+
+
+def as_rank(rank: int, port: int, tell: Any) -> None:
+    """One of two ranks, whose samples are of different valid length: 1 of 6 steps on rank 1."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    world = distributed.init("cpu")
+    for weight in (None, "tensor", "number"):
+        for detailed in (True, False):
+            tell.send((str(weight), detailed, *over_ranks(world, weight, detailed)))
+    distributed.finish()
+
+
+def over_ranks(world: World, weight: str | None, detailed: bool) -> tuple[float, float]:
+    """How far gradient and loss are from those of all samples at once."""
+    data, model = Chunks("equal"), Net(weight)
+    if weight:
+        data.mask[16:, 1:] = 0
+    groups = group_parameters(model, {})
+    optimizer = Optimizer(groups, torch.optim.SGD, base_lr=1, schedule=Constant(), steps=9)
+    sums = Sums(detailed)
+    for start in (16 * world.rank, 16 * world.rank + 8):
+        part = slice(start, start + 8)
+        batch = {"x": data.x[part], "y": data.y[part], "mask": data.mask[part]}
+        sums.add(model(batch)).backward()
+    for parameter in model.parameters():
+        world.sum(parameter.grad).div_(2)  # what DDP leaves behind
+    sums.over_ranks(world)
+    Gradient(optimizer, world, None).finish(0, sums)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    whole = Net(None)
+    loss = whole({"x": data.x, "y": data.y, "mask": data.mask})["loss"]
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in whole.parameters()])
+    error = abs(float(sums.means()["train/loss"]) - float(loss)) if detailed else 0.0
+    return difference(gradient, expected), error
 
 
 @pytest.fixture(scope="module")
@@ -226,28 +220,27 @@ def two_ranks() -> list[dict[tuple[str, bool], tuple[float, float]]]:
     """What each of two ranks found: (weight, detailed) -> differences of gradient and loss."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")  # torch is there already
+    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    ranks = [fork.Process(target=as_rank, args=(r, port, pipe[1])) for r, pipe in enumerate(pipes)]
+    for rank in ranks:
+        rank.start()
+    found = []
+    for mine, _ in pipes:
+        assert mine.poll(60)
+        rows: list[Row] = [mine.recv() for _ in range(6)]
+        found.append(
+            {(weight, detailed): (gradient, loss) for weight, detailed, gradient, loss in rows}
         )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    return [
-        {(weight, detailed): (gradient, loss) for weight, detailed, gradient, loss in rows}
-        for rows in ([json.loads(line) for line in text.splitlines()] for text in outputs)
-    ]
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    return found
 
 
 @pytest.mark.parametrize("detailed", [True, False])
-@pytest.mark.parametrize("weight", ["none", "tensor", "number"])
+@pytest.mark.parametrize("weight", ["None", "tensor", "number"])
 def test_the_same_gradient_over_ranks(two_ranks, weight, detailed):
     for rank in two_ranks:
         gradient, loss = rank[weight, detailed]

@@ -17,7 +17,7 @@ from atlas.errors import ConfigError
 
 TRAIN, VAL, ROLLOUT = range(3)  # streams of scenes that have no scene in common
 EXECUTED = 4  # actions of a predicted chunk that a rollout executes before it asks again
-ROLLOUT_STEPS = 36  # the longest demonstrations take about 30
+ROLLOUT_STEPS = 36  # the longest demonstrations take about 25
 
 Batch = dict[str, Any]
 Policy = Callable[[Batch], Tensor]

@@ -60,12 +60,12 @@ class VLA(nn.Module):
             self.register_buffer(f"{name}_std", torch.where(std > 1e-6, std, 1.0))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss` (L1 of normalised actions), `weight` (how many valid elements it is the mean
-        of) and `l1` (the same in the actions' own units), as float32 scalars.
+        """How far the predicted chunks are from the demonstrated ones, as float32 scalars.
 
-        Also `images` uint8 [B, V, 3, H, W], `state` [B, K, S], `instruction` list of B strings,
-        `actions` [B, T, A] raw, `action_mask` [B, T], True where an action is valid. A batch
-        without a valid element has loss 0 and weight 0.
+        batch: `images` uint8 [B, V, 3, H, W], `state` [B, K, S] and `actions` [B, T, A] in their
+        own units, `instruction` a list of B strings, `action_mask` [B, T], True where valid.
+        Returns `loss`, the L1 of normalised actions, `weight`, how many valid elements it is the
+        mean of, and `l1`, the same error in the actions' own units; all 0 where none is valid.
         """
         mask = batch["action_mask"]
         actions = self._shift(batch["actions"], batch["state"], -1)
