@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_STOPPED = 75  # EX_TEMPFAIL: saved, stopped, and resumable by the same command
+EXIT_INTERRUPTED = 130  # left at once by a second Ctrl-C, as shells have it
 
 
 class AtlasError(Exception):

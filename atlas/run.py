@@ -58,6 +58,19 @@ class Run:
         return self.path / "logs"
 
     @property
+    def failure_file(self) -> Path:
+        """What the first rank to fail had to say, in the last attempt."""
+        return self.logs / "failure.json"
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """The record in `failure_file`, if a rank has failed."""
+        try:
+            return dict(json.loads(self.failure_file.read_text()))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    @property
     def report_file(self) -> Path:
         return self.path / "report.png"
 

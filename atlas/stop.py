@@ -48,6 +48,6 @@ class Stop:
         if self.signal is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and "ATLAS_SUPERVISED" not in os.environ:
             message = "\nstopping after this step and saving; Ctrl-C again leaves at once\n"
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())

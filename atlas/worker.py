@@ -16,9 +16,9 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas.errors import EXIT_FAILED, AtlasError
+from atlas.errors import EXIT_FAILED, EXIT_INTERRUPTED, AtlasError
 from atlas.lock import Holder, Lock
-from atlas.reasons import failure
+from atlas.reasons import failure, record
 from atlas.run import Run
 from atlas.stop import Stop
 
@@ -35,8 +35,9 @@ def main(path: str | Path) -> int:
             with Stop() as stop, held(run, rank) as lock:
                 return enter(run, lock, stop)
         except (Exception, KeyboardInterrupt) as error:
+            record(run, rank, error)
             show(run, rank, error)
-            return EXIT_FAILED if not isinstance(error, KeyboardInterrupt) else 130
+            return EXIT_FAILED if not isinstance(error, KeyboardInterrupt) else EXIT_INTERRUPTED
 
 
 def enter(run: Run, lock: Lock | None, stop: Stop) -> int:
@@ -110,6 +111,8 @@ def show(run: Run, rank: int, error: BaseException) -> None:
     text = "".join(traceback.format_exception(error))
     with open(run.logs / f"rank{rank}.log", "a") as file:
         file.write(text)
+    if "ATLAS_SUPERVISED" in os.environ:
+        return  # the launcher shows what the first rank to fail had to say, once
     if isinstance(error, KeyboardInterrupt):
         print(f"left at once; the same command goes on from the last checkpoint of {run.path}")
     elif isinstance(error, AtlasError):

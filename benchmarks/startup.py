@@ -30,15 +30,23 @@ def main() -> None:
         starts = commands(Path(name))
         for command in starts.values():  # reads from disk what is read for the first time
             seconds(command(), Path(name))
-        times: dict[str, list[float]] = {who: [] for who in starts}
+        times: dict[str, list[tuple[float, float]]] = {who: [] for who in starts}
         for _ in range(args.rounds):
             for who, command in starts.items():
                 times[who].append(seconds(command(), Path(name)))
     print(f"{args.rounds} rounds; median of the ratios to the plain script (quartiles)")
     for who, values in times.items():
-        bar = f", bar {BAR}" if who.startswith("Atlas") else ""
-        middle = statistics.median(values)
-        print(f"{who:38} {measure.ratios(values, times['plain script'])}{bar}; {middle:.2f} s")
+        print(row(who, values, times["plain script"]))
+
+
+def row(who: str, values: list[tuple[float, float]], plain: list[tuple[float, float]]) -> str:
+    """Ratios by wall and processor time, and the median seconds."""
+    (wall, cpu), (plain_wall, plain_cpu) = zip(*values), zip(*plain)
+    bar = f", bar {BAR}" if who.startswith("Atlas") else ""
+    return (
+        f"{who:38} {measure.ratios(wall, plain_wall)}{bar}; by processor time "
+        f"{measure.ratios(cpu, plain_cpu)}; {statistics.median(wall):.2f} s"
+    )
 
 
 def commands(folder: Path) -> dict[str, Callable[[], list[str]]]:
@@ -69,14 +77,15 @@ def commands(folder: Path) -> dict[str, Callable[[], list[str]]]:
     }
 
 
-def seconds(command: list[str], folder: Path) -> float:
-    """From the start of `command` until it marks the end of its first step; waits for its end."""
+def seconds(command: list[str], folder: Path) -> tuple[float, float]:
+    """Wall and processor time of `command` until the end of its first step; waits for its end."""
     mark = folder / "mark"
     mark.unlink(missing_ok=True)
     given = ["--mark", str(mark)] if command[: len(PLAIN)] == PLAIN else []
     began = time.monotonic()
     measure.run([*command, *given], BENCHMARK_MARK=mark)
-    return float(mark.read_text()) - began
+    ended, cpu = map(float, mark.read_text().split())
+    return ended - began, cpu
 
 
 if __name__ == "__main__":

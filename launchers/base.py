@@ -51,7 +51,7 @@ class Launcher(abc.ABC):
     def check(self) -> None:
         """Raise `ConfigError` for what this place cannot do."""
 
-    def preflight(self, configs: Sequence[Mapping[str, Any]]) -> None:
+    def preflight(self, configs: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
         """Raise `ConfigError` for what would fail after the wait, before anything is created."""
 
     def script(self, run: Run, config: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def test_nothing_is_wrong(overrides):
         ("trainer.clip_norm=0", ["trainer.clip_norm=0", "above 0, or null"]),
         ("trainer.ema=1", ["trainer.ema=1", "above 0 and at most 0.999999, or null"]),
         ("optim.lr=0", ["optim.lr=0", "above 0"]),
-        ("optim.lr=.inf", ["optim.lr=inf", "a number above 0"]),
+        ("optim.lr=inf", ["optim.lr=inf", "a number above 0"]),
         ("optim.lr=nan", ["optim.lr=nan", "a number above 0"]),
         ("optim.base_batch_size=0", ["optim.base_batch_size=0", "at least 1"]),
         ("data.batch_size=0", ["data.batch_size=0", "at least 1"]),
@@ -233,9 +233,9 @@ def test_command_line(tmp_path, arguments, parts):
     assert [part for part in parts if part not in done.stderr] == []
     assert done.returncode == 1 and done.stdout == ""
     assert "Traceback" not in done.stderr and "full_key" not in done.stderr
-    assert "abc" not in done.stderr.replace("Error executing job with overrides", "")
-    if "own" in arguments[-2]:
-        assert "net" not in done.stderr
+    assert not [
+        word for word in ("token=abc", "=net") if word in done.stderr
+    ]  # no secret, nothing right
     assert list(tmp_path.iterdir()) == []
 
 

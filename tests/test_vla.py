@@ -274,7 +274,7 @@ def test_the_configuration_freezes_vision_and_slows_language() -> None:
     [
         (["model.vision.patch=9"], {}, r"model.vision.patch=9 does not divide .* 56x56"),
         (["model.vision.resize=null"], {}, r"patch=7 does not divide .* 64x80 .*resize"),
-        (["model.vision.heads=5"], {}, "heads=5 does not divide width=64"),
+        (["model.vision.heads=5"], {}, "heads=5 does not divide width=96"),
         ([], {"state_dim": 2}, "action_dim=3 entries, but state_dim=2"),
         ([], {"action_dim": 2}, "statistics of actions have 3 entries, expected 2"),
     ],

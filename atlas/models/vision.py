@@ -26,7 +26,7 @@ class VisionTransformer(nn.Module):
         image_size: Sequence[int],
         resize: Sequence[int] | None = None,
         patch: int = 7,
-        width: int = 64,
+        width: int = 96,
         depth: int = 1,
         heads: int = 4,
         registers: int = 4,

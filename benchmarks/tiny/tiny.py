@@ -22,6 +22,11 @@ def tensors(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, inputs.roll(1, dims=1).tanh()
 
 
+def mark(path: Path) -> None:
+    """Write the time, and the processor time of this process and of those it waited for."""
+    path.write_text(f"{time.monotonic()} {sum(os.times()[:4])}")
+
+
 def network() -> nn.Sequential:
     """64-256-64."""
     return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
@@ -54,7 +59,7 @@ class Marked(Vectors):
         """The samples `ids`."""
         self._asked += 1
         if self._asked == 2:
-            Path(os.environ["BENCHMARK_MARK"]).write_text(repr(time.monotonic()))
+            mark(Path(os.environ["BENCHMARK_MARK"]))
         return super().batch(ids)
 
 
