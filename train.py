@@ -7,7 +7,7 @@ python train.py --help
 import hydra
 from omegaconf import DictConfig
 
-from launchers.launch import launch, reported
+from launchers.launch import launch, start
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -17,5 +17,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with reported():
-        main()
+    start(main)

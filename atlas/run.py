@@ -232,7 +232,7 @@ class Command:
     def __init__(self, overrides: Sequence[str], sys_path: Sequence[str] = ()) -> None:
         self.overrides = list(overrides)
         self.sys_path = [str(Path(entry).absolute()) for entry in sys_path]
-        self.line = shlex.join(["python", *sys.argv])
+        self.line = shlex.join(["python", *sys.orig_argv[1:]])
         self.code = code_state(Path(self.sys_path[0]) if self.sys_path else ROOT)
         if self.sys_path:
             self.code["atlas"] = code_state(ROOT)["digest"]

@@ -33,7 +33,7 @@ TERM_GRACE_S = 25.0
 # Importing mlflow takes a second of CPU: a run's first step goes first, if it comes this soon.
 HEAD_START_S = 5.0
 
-END = signal.SIGRTMIN + 3  # nobody else sends this one
+END = signal.SIGURG  # to a shipper: the run ended. Nobody else sends this one
 _IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _HANDLED = (*_IGNORED, signal.SIGTERM, END)
 
@@ -181,14 +181,14 @@ def open_shipper(run: Run, tracking: Mapping[str, Any]) -> Shipper | NullShipper
 class Writer:
     """The process that writes the run, seen from its shipper: is it still there, and the wait.
 
-    Under a `Shipper` that is the parent process, whose END is heard too; for an `atlas sync
-    --follow` that a person typed, it is who holds the run's lock.
+    That is who holds the run's lock now; under a `Shipper` it is the parent process, whose END is
+    heard too.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._parent = int(os.environ.get(PARENT, 0))
-        self._holder = None if self._parent else run.lock.live_holder()
+        self._holder = run.lock.live_holder()
         self._ended = threading.Event()
         self._expires = float("inf")
         if self._parent:
@@ -201,8 +201,10 @@ class Writer:
 
     def gone(self) -> bool:
         """Whether nothing more will be written by the process that is followed."""
-        if self._parent:
-            return self._ended.is_set() or os.getppid() != self._parent
+        if self._parent and (self._ended.is_set() or os.getppid() != self._parent):
+            return True
+        if self._parent and self._holder is None:
+            return False  # started without the lock
         holder = self._run.lock.live_holder()
         return holder is None or holder != self._holder
 

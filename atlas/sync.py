@@ -172,7 +172,8 @@ class Shipping:
         if self._record.error:
             say(f"MLflow at {self._record.uri} works")
             self._record.error = None
-            self._record.save(self.run)
+            with contextlib.suppress(OSError):
+                self._record.save(self.run)
 
     def _wait(self, writer: Writer | None, over: bool) -> None:
         seconds = min(self._pause, POLL_S) if over else self._pause

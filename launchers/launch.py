@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from atlas.identity import flat
 from atlas.plan import outline, summary
 from atlas.resume import adopt, announce, keep_effective_batch
 from atlas.run import ROOT, Command, Run
+from launchers import torchrun
 from launchers.base import Launcher
 from launchers.explain import explain
 
@@ -41,7 +42,7 @@ def _launch(cfg: DictConfig) -> None:
         config = adopt(config, command)
     check(config)
     config["outputs"] = str(Path(config["outputs"]).absolute())
-    launcher: Launcher = instantiate(config["cluster"])
+    launcher = launcher_of(config)
     launcher.check()
     run = _run_of(config, launcher.world_size)
     if config["dry_run"]:
@@ -62,6 +63,26 @@ def _launch(cfg: DictConfig) -> None:
         code = EXIT_DONE if launcher.detached else handle.wait()
         if code != EXIT_DONE:
             raise SystemExit(code)
+
+
+def launcher_of(config: dict[str, Any]) -> Launcher:
+    """The launcher that `cluster` describes, or the one that joins torchrun's ranks."""
+    if not torchrun.is_torchrun():
+        launcher: Launcher = instantiate(config["cluster"])
+        return launcher
+    torchrun.refuse(config["cluster"]["_target_"], multirun=False)
+    return torchrun.TorchrunLauncher(config["cluster"]["device"])
+
+
+def start(main: Callable[[], Any]) -> None:
+    """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started."""
+    with reported():
+        sys.argv[1:] = torchrun.without_launcher_arguments(sys.argv[1:])
+        if not torchrun.is_torchrun():
+            main()
+            return
+        torchrun.refuse("launchers.local.", multirun="-m" in sys.argv or "--multirun" in sys.argv)
+        torchrun.main(main)
 
 
 def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:

@@ -365,6 +365,18 @@ def test_a_shipper_outlives_a_killed_writer_and_ends(outputs: Path) -> None:
     assert run.status["mlflow_run_id"] == run_id
 
 
+def test_a_run_that_is_over_at_once(outputs: Path) -> None:
+    run = make_run(outputs)
+    shipper = Shipper(run)
+    shipper.start()
+    write(run, range(2))
+    run.update_status(state="failed", reason="at once")
+    assert shipper.finish() is None
+    assert in_store(run) == in_journal(run)
+    client, run_id = store_of(run)
+    assert client.get_run(run_id).info.status == "FAILED"
+
+
 def shipper_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 

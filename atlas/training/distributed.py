@@ -78,6 +78,15 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def shared_store(timeout: datetime.timedelta) -> Any:
+    """The key-value store at MASTER_ADDR:MASTER_PORT that every rank reaches."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return store
+
+
 def finish() -> None:
     """Leave the group of ranks."""
     if dist.is_available() and dist.is_initialized():

@@ -54,6 +54,9 @@ def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
     world = distributed.init(config["cluster"]["device"])
     try:
         parts = build(config, world.size, world.device)
+        for data in (parts.train, parts.val):
+            if data is not None and hasattr(data, "prepare"):
+                data.prepare()  # what takes long and is shared, before workers and steps
         checkpoints = Checkpoints(run.checkpoints, int(config["trainer"]["keep"]))
         if world.is_main:
             checkpoints.repair()

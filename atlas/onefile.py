@@ -1,0 +1,86 @@
+"""A training configuration in one file, with `training.*` and `data.*`, as overrides of Atlas's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atlas.errors import ConfigError, nearest
+
+KEYS = {
+    "training.learning_rate": "optim.lr",
+    "training.warmup_steps": "schedule.warmup",
+    "training.total_steps": "trainer.steps",
+    "training.gradient_accumulation_steps": "trainer.accumulate",
+    "training.val_interval": "trainer.val_interval",
+    "training.batch_size": "data.batch_size",
+    "data.batch_size": "data.batch_size",
+}
+MULTIPLIERS = "training.lr_multipliers"
+
+
+def translated(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with `--config FILE` replaced by the overrides that FILE amounts to."""
+    rest: list[str] = []
+    file: str | None = None
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--config":
+            file = next(waiting, "")
+        elif argument.startswith("--config="):
+            file = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if file is None:
+        return rest
+    return [*overrides(read(Path(file)), file), *rest]
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """The file's values; `ConfigError` where it cannot be read as YAML."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"--config {path}: it must hold a mapping with training: and data:")
+    return values
+
+
+def overrides(values: Mapping[str, Any], file: str) -> list[str]:
+    """Overrides for `values`; raises `ConfigError` with every key that is unknown."""
+    known = [*KEYS, MULTIPLIERS]
+    found = dict(_leaves(values))
+    problems = [
+        f"{file}: {key} is not a key of this file{nearest(key, known)}"
+        for key in found
+        if key not in KEYS and not key.startswith(f"{MULTIPLIERS}.")
+    ]
+    sizes = {found[key] for key in ("training.batch_size", "data.batch_size") if key in found}
+    if len(sizes) > 1:
+        problems.append(
+            f"{file}: training.batch_size={found['training.batch_size']} and "
+            f"data.batch_size={found['data.batch_size']} differ; both are the batch size per GPU, "
+            "so keep one of them"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return list(dict.fromkeys(_override(key, value) for key, value in found.items()))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _override(key: str, value: Any) -> str:
+    if key.startswith(f"{MULTIPLIERS}."):
+        return f"++optim.lr_multipliers.{key.removeprefix(f'{MULTIPLIERS}.')}={value}"
+    return f"{KEYS[key]}={'null' if value is None else value}"
