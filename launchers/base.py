@@ -14,6 +14,8 @@ from launchers.devices import visible_gpus
 class Handle(abc.ABC):
     """A run that was handed to a launcher."""
 
+    launcher_detached = False
+
     def __init__(self, run: Run) -> None:
         self.run = run
 
@@ -53,6 +55,10 @@ class Launcher(abc.ABC):
 
     def preflight(self, configs: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
         """Raise `ConfigError` for what would fail after the wait, before anything is created."""
+
+    def is_at_work(self, run: Run) -> bool:
+        """Whether `run` has been started or queued already and has not ended."""
+        return run.lock.live_holder() is not None
 
     def script(self, run: Run, config: Mapping[str, Any]) -> str:
         """What `dry_run` shows of the submission; empty where there is nothing to show."""

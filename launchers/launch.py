@@ -76,6 +76,7 @@ def launcher_of(config: dict[str, Any]) -> Launcher:
 
 def start(main: Callable[[], Any]) -> None:
     """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started."""
+    sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
     with reported():
         sys.argv[1:] = torchrun.without_launcher_arguments(sys.argv[1:])
         if not torchrun.is_torchrun():
@@ -130,10 +131,17 @@ def reported() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+def own_modules(hydra: Any) -> list[str]:
+    """The folders given by --config-dir, where a person's modules sit beside their YAML files.
+
+    They join `sys.path`. `hydra` is Hydra's own part of a composed configuration.
+    """
+    sources = hydra.runtime.config_sources
+    own = [str(Path(s.path).absolute()) for s in sources if s.provider == "command-line"]
+    sys.path[:0] = [path for path in own if path not in sys.path]
+    return own
+
+
 def _command() -> Command:
     hydra = HydraConfig.get()
-    own = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
-    for path in own:
-        # A person's modules sit beside their YAML files.
-        sys.path.insert(0, str(Path(path).absolute()))
-    return Command(list(hydra.overrides.task), own)
+    return Command(list(hydra.overrides.task), own_modules(hydra))

@@ -1,0 +1,154 @@
+"""Many runs from one command line: started together, told of in one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atlas.config import check
+from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, AtlasError, ConfigError
+from atlas.group import Group, score
+from atlas.run import Command, Run
+from launchers.base import Handle, Launcher
+
+
+@dataclass
+class Job:
+    """One run of a sweep: its resolved configuration, what was typed, and what of that is swept."""
+
+    config: dict[str, Any]
+    overrides: list[str]
+    swept: list[str]
+    keys: list[str]
+
+
+@dataclass
+class Started:
+    """A job with its run; `handle` is None where the run was not started again."""
+
+    job: Job
+    run: Run
+    handle: Handle | None = None
+
+
+def sweep_and_tell(jobs: Sequence[Job], modules: Sequence[str]) -> None:
+    """Run what is missing of `jobs` and print the table; exits as the worst of them did."""
+    from launchers.launch import reported
+
+    with reported():
+        started = start(jobs, modules)
+        code = EXIT_DONE
+        for each in started:
+            if each.handle is not None and not each.handle.launcher_detached:
+                code = max(code, each.handle.wait() or EXIT_DONE)
+        group = group_of(started)
+        group.write()
+        print(group.table(), flush=True)
+        if code:
+            raise SystemExit(EXIT_STOPPED if code == EXIT_STOPPED else EXIT_FAILED)
+
+
+def outcomes(jobs: Sequence[Job], modules: Sequence[str]) -> list[float | Exception]:
+    """The objective of every job, once it has ended; the exception of one that failed."""
+    from launchers.launch import reported
+
+    with reported():
+        started = start(jobs, modules)
+        if any(each.handle and each.handle.launcher_detached for each in started):
+            raise ConfigError(
+                "cluster.wait=false: a sweeper that chooses by the results of earlier runs has to "
+                "wait for them; add cluster.wait=true"
+            )
+        for each in started:
+            if each.handle is not None:
+                each.handle.wait()
+        group_of(started).write()
+    return [_outcome(each) for each in started]
+
+
+def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
+    """Create and submit the runs of `jobs` that are neither finished nor at work.
+
+    `modules` are the folders of the person's own code, which the runs' workers need too.
+    """
+    _check_all(jobs)
+    command = Command([], modules)
+    started: dict[Path, Started] = {}
+    for launcher, members in _by_launcher(jobs):
+        todo: list[Started] = []
+        for job in members:
+            run = Run.plan(job.config, launcher.world_size)
+            if run.path in started:
+                continue  # the same values twice, or written in two ways
+            started[run.path] = Started(job, run)
+            if run.state != "finished" and not launcher.is_at_work(run):
+                todo.append(started[run.path])
+        launcher.preflight([each.job.config for each in todo])
+        for each in todo:
+            command.overrides = each.job.overrides
+            each.run.create(each.job.config, launcher.world_size, command)
+        print(
+            f"{len(todo)} of {len(members)} runs to start, {len(members) - len(todo)} finished or "
+            "at work already",
+            flush=True,
+        )
+        group_of(list(started.values())).write()
+        handles = launcher.submit([each.run for each in todo]) if todo else []
+        for each, handle in zip(todo, handles, strict=True):
+            each.handle = handle
+            handle.launcher_detached = launcher.detached
+        for text in dict.fromkeys(handle.describe() for handle in handles):
+            if text:
+                print(text, flush=True)
+    return list(started.values())
+
+
+def group_of(started: Sequence[Started]) -> Group:
+    """The group that the runs belong to: the same for a wider grid over the same keys."""
+    first = started[0]
+    return Group.of(
+        first.job.config,
+        first.job.keys,
+        [(each.run, each.job.swept) for each in started],
+    )
+
+
+def _check_all(jobs: Sequence[Job]) -> None:
+    """Every problem of every configuration, once."""
+    problems: list[str] = []
+    for job in jobs:
+        try:
+            check(job.config)
+            for key in ("resume", "fresh", "dry_run"):
+                if job.config[key]:
+                    problems.append(f"{key}={job.config[key]} is for one run; leave it out with -m")
+        except ConfigError as error:
+            problems += error.problems
+        job.config["outputs"] = str(Path(job.config["outputs"]).absolute())
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _by_launcher(jobs: Sequence[Job]) -> list[tuple[Launcher, list[Job]]]:
+    """Jobs that run in the same place, handed to one launcher."""
+    from launchers.launch import launcher_of
+
+    places: dict[str, list[Job]] = {}
+    for job in jobs:
+        places.setdefault(json.dumps(job.config["cluster"], sort_keys=True), []).append(job)
+    pairs = []
+    for members in places.values():
+        launcher = launcher_of(members[0].config)
+        launcher.check()
+        pairs.append((launcher, members))
+    return pairs
+
+
+def _outcome(started: Started) -> float | Exception:
+    value = score(started.run, started.job.config["objective"])
+    if started.run.state == "finished" and value is not None:
+        return value
+    return AtlasError(f"run {started.run.id}: {started.run.state}: {started.run.status['reason']}")
