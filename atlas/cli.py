@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except AtlasError as error:
-        print(f"atlas {args.command}: {error}", file=sys.stderr)
+        from atlas.shipper import masked
+
+        print(masked(f"atlas {args.command}: {error}"), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130

@@ -39,7 +39,9 @@ def main() -> None:
         ]
         peak, took, processes = watched([sys.executable, *command], every_s=0.1)
         assert list(Path(outputs).glob("mlflow.db")), "nothing was sent to MLflow"
-        print(f"run: peak {peak:.0f} MB over {processes} processes (bar {BARS['run']}), {took:.0f} s")
+        print(
+            f"run: peak {peak:.0f} MB over {processes} processes (bar {BARS['run']}), {took:.0f} s"
+        )
         again = [watched([sys.executable, *command], every_s=0.005) for _ in range(7)]
         print(
             f"the finished run again: peak {max(a[0] for a in again):.0f} MB (bar {BARS['again']}), "

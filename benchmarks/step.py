@@ -87,7 +87,9 @@ def stored(folder: Path) -> str:
     with sqlite3.connect(folder / "mlflow.db") as store:
         found = Counter(store.execute("select key, step, timestamp, value from metrics"))
     missing, extra = (wanted - found).total(), (found - wanted).total()
-    return f"{wanted.total():,} points in the journal: {missing} missing in MLflow, {extra} too many"
+    return (
+        f"{wanted.total():,} points in the journal: {missing} missing in MLflow, {extra} too many"
+    )
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def outcomes(jobs: Sequence[Job], modules: Sequence[str]) -> list[float | Except
         for each in started:
             if each.handle is not None:
                 each.handle.wait()
-        group_of(started).write()
+        group = group_of(started)
+        group.write()
+        print(group.table(), flush=True)
     return [_outcome(each) for each in started]
 
 

@@ -152,11 +152,16 @@ def test_repair_clears_away_what_a_kill_left_half_done(tmp_path):
     assert names(tmp_path) == ["00000001", "00000002"]  # a checkpoint can be gigabytes
 
 
-def test_a_half_removed_folder_is_not_in_the_way(tmp_path):
-    (tmp_path / ".old-00000001").mkdir(parents=True)
-    (tmp_path / ".old-00000001" / "state.pt").write_bytes(b"half")
-    checkpoints = saved(tmp_path, 1, 2, keep=1)
-    assert [path.name for path in checkpoints.steps()] == ["00000002"]
+@pytest.mark.parametrize("repaired", [True, False])
+def test_an_old_folder_that_a_kill_left_is_not_in_the_way(tmp_path, repaired):
+    checkpoints = saved(tmp_path, 1, keep=1)
+    # Killed when 1 had been replaced and the one before it was being removed.
+    shutil.copytree(tmp_path / "00000001", tmp_path / ".old-00000001")
+    (tmp_path / ".old-00000001" / "meta.json").unlink()
+    if repaired:
+        checkpoints.repair()
+    checkpoints.save(2, state(2), None)
+    assert [path.name for path in checkpoints.steps()] == ["00000002"] and newest(checkpoints) == 2
 
 
 @pytest.mark.parametrize(

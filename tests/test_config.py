@@ -125,6 +125,10 @@ def test_nothing_is_wrong(overrides):
         ),
         ("optim.scale_lr=sqr", ["optim.scale_lr='sqr'", "did you mean 'sqrt'", "linear, none"]),
         ("cluster.device=gpu", ["cluster.device='gpu'", "auto, cpu, cuda"]),
+        ("tracking.kind=wandb", ["tracking.kind='wandb'", "mlflow, none"]),
+        ("tracking.wait_s=long", ["tracking.wait_s='long'", "a number"]),
+        ("tracking.wait_s=-1", ["tracking.wait_s=-1", "at least 0"]),
+        ("tracking.log_best=maybe", ["tracking.log_best='maybe'", "true or false"]),
         # unknown keys where all are Atlas's own
         ("+trainer.stpes=3", ["trainer.stpes", "did you mean 'steps'"]),
         ("+optim.learning_rate=3", ["optim.learning_rate is not a key of Atlas", "There are:"]),
@@ -221,12 +225,14 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         ),
         (["trainer.steps=300"], ["schedule.warmup=1000 must be below trainer.steps=300"]),
         (["data=lerobot", "seed=-1"], ["data.root", "not set", "data.root=…", "seed=-1"]),
+        (["resume=nope"], ["'nope' names no run"]),
+        (["init_from=nope"], ["init_from=nope", "no run"]),
         (
             ["--config-dir", str(ROOT / "tests" / "own"), "model=net", "trainer.stpes=3"],
             ["trainer.stpes", "did you mean 'steps'"],
         ),
     ],
-    ids=["key", "option", "values", "warmup", "missing", "own folder"],
+    ids=["key", "option", "values", "warmup", "missing", "resume", "init_from", "own folder"],
 )
 def test_command_line(tmp_path, arguments, parts):
     done = train(f"outputs={tmp_path}/o", *arguments)

@@ -443,7 +443,7 @@ def test_credentials_are_masked() -> None:
 class Proxy:
     """Stands before a server and lets through, or does not: `mode(body)` answers with a status.
 
-    None passes the request on, 0 leaves it without an answer, -1 passes it on and loses the answer.
+    None passes the request on, 0 leaves it hanging, -1 passes it on and loses the answer.
     """
 
     def __init__(self, port: int) -> None:
@@ -458,14 +458,17 @@ class Proxy:
                     server = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
                     server.request(self.command, self.path, body, dict(self.headers))
                     answer = server.getresponse()
-                    status, body = (answer.status if status is None else 0), answer.read()
+                    answered = answer.read()
                     server.close()
+                    if status == -1:
+                        return
+                    status, body = answer.status, answered
                 elif status:
                     body = b'{"error_code": "%s", "message": "no"}' % (
                         b"INVALID_PARAMETER_VALUE" if status == 400 else b"INTERNAL_ERROR"
                     )
-                if not status:
-                    time.sleep(1.5)
+                else:
+                    time.sleep(3)
                     return
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -530,7 +533,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Itera
 
 @pytest.fixture
 def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     proxy = Proxy(server.port)
     yield proxy
     proxy.server.shutdown()
