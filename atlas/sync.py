@@ -103,6 +103,7 @@ class Shipping:
         self._uri = tracking_uri(run, self._config)
         self._record = _record(run, self._uri, again)
         self._store: Store | None = None
+        self._live = False  # whether the run is being written
         self._sent = self._refused = 0
         self._size = BATCH
         self._pause = POLL_S
@@ -119,6 +120,7 @@ class Shipping:
             over = writer is None or writer.gone()
             if over and not ended:
                 ended, self._progress = True, time.monotonic()
+            self._live = not over or self.run.state == "running"
             done = self._turn(over, writer)
             if over and (done or self._hopeless()):
                 break
@@ -185,7 +187,7 @@ class Shipping:
     def _opened(self) -> Store:
         if self._store is None:
             store = Store(self._uri, artifact_root(self.run, self._uri, self._config))
-            store.open(self.run, self._config, self._record)
+            store.open(self.run, self._config, self._record, self._live)
             self._record.save(self.run)
             self._store = store
         return self._store
@@ -246,7 +248,7 @@ class Shipping:
         if over and self._config["tracking"].get("log_best"):
             store.upload(self.run.checkpoints / "best", self._record)
         if over:
-            store.close(self.run)
+            store.close(self.run, self._config)
             note_run_id(self.run, self._record)
         if self._record.uploaded != before:
             self._record.save(self.run)
@@ -262,7 +264,7 @@ class Store:
         self._client = MlflowClient(tracking_uri=uri)
         self._id = ""
 
-    def open(self, run: Run, config: Mapping[str, Any], record: Record) -> None:
+    def open(self, run: Run, config: Mapping[str, Any], record: Record, live: bool) -> None:
         """Find the run's MLflow run or create it, and say in it what the run is."""
         status = run.status
         found = self._recorded(record) or self._found_or_created(config, status)
@@ -272,7 +274,7 @@ class Store:
             record.uploaded = {}
         record.run_id, record.experiment_id = self._id, found.info.experiment_id
         self._describe(found, run.identity, tags(run, config, status))
-        if run.state == "running" and found.info.status != "RUNNING":
+        if live and found.info.status != "RUNNING":
             self._client.update_run(self._id, status="RUNNING")
 
     def log(self, batch: list[Metric]) -> list[tuple[Metric, str]]:
@@ -311,11 +313,10 @@ class Store:
             self._client.log_artifact(self._id, str(path))
         record.uploaded[path.name] = version
 
-    def close(self, run: Run) -> None:
+    def close(self, run: Run, config: Mapping[str, Any]) -> None:
         """Record the state that the run is in; one that can go on (preempted) stays RUNNING."""
-        status = run.status
-        state = run.state
-        self._set_tags(_state_tags(state, status))
+        status, state = run.status, run.state
+        self._set_tags(tags(run, config, status))  # all: some are known only since the run started
         if state in ENDED:
             end = max(float(status.get("updated") or 0), _last_written(run))
             self._client.set_terminated(self._id, ENDED[state], end_time=int(end * 1000))

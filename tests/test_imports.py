@@ -132,7 +132,7 @@ def test_a_wrong_command_loads_nothing_heavy(tmp_path):
                 "atlas/train.py",
                 "launchers/launch.py",
                 "launchers/explain.py",
-                "launchers/hydra_plugins/",
+                "launchers/plugins/hydra_plugins/",
                 "atlas/training/build.py",
             ),
         ),

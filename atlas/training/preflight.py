@@ -1,0 +1,193 @@
+"""Builds models without their weights and shows them a batch: what a job would trip over.
+
+Run as a child process, `python -m atlas.training.preflight`, by those who queue runs and must not
+import torch. Reads `{"sys_path", "world_size", "configs"}` as JSON and writes a list of reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from atlas.errors import AtlasError, ConfigError
+from atlas.training import optim
+from atlas.training.build import build_data, build_model, build_optimizer
+from atlas.training.stream import Fetcher, Order, to_device
+
+T = TypeVar("T")
+META = torch.device("meta")
+CPU = torch.device("cpu")
+SAMPLES = 2  # in the batch that is tried; one alone is refused by batch norm
+# Errors that tell of this machine rather than of the configuration.
+ELSEWHERE = (OSError, ImportError, MemoryError, NotImplementedError)
+ELSEWHERE_WORDS = ("cuda", "nvidia", "gpu", "out of memory", "meta tensor", "not compiled with")
+
+
+@dataclass
+class Report:
+    """What is wrong with one configuration, and what could not be told on this machine."""
+
+    problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    def attempt(self, what: str, act: Callable[[], T]) -> T | None:
+        """The outcome of `act`; None where it failed, which is entered under `what`."""
+        try:
+            return act()
+        except ConfigError as error:
+            self.problems += error.problems
+        except Exception as error:  # a person's own code: anything can come
+            self.enter(what, error)
+        return None
+
+    def enter(self, what: str, error: Exception) -> None:
+        """File `error` under problems, or under what this machine cannot tell."""
+        text = f"{what}: {type(error).__name__}: {_first_line(error)}"
+        (self.unchecked if is_of_this_machine(error) else self.problems).append(text)
+
+
+def check(config: Mapping[str, Any], world_size: int) -> Report:
+    """Build the parts of `config` and send a batch of two samples through its model."""
+    report = Report()
+    data = report.attempt("data", lambda: build_data(config))
+    spec = getattr(data[0], "spec", None) if data else None
+    model = _model(config, spec, report)
+    if model is None:
+        return report
+    groups = report.attempt(
+        "optim.lr_multipliers",
+        lambda: optim.group_parameters(model, config["optim"]["lr_multipliers"] or {}),
+    )
+    if groups is not None:
+        small = [_small(group) for group in groups]
+        report.attempt("optim", lambda: build_optimizer(config, small, world_size, CPU))
+    if data is not None:
+        _try_batches(config, spec, model, data, report)
+    return report
+
+
+def is_of_this_machine(error: Exception) -> bool:
+    """Whether the same could well work on the machine that the run is for."""
+    if isinstance(error, AtlasError):
+        return False
+    text = str(error).lower()
+    return isinstance(error, ELSEWHERE) or any(word in text for word in ELSEWHERE_WORDS)
+
+
+def room() -> float:
+    """Bytes of weights that this process may take for a trial on the CPU."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return min(4e9, 1024 * float(line.split()[1]) / 4)
+    return 1e9
+
+
+def _model(config: Mapping[str, Any], spec: Any, report: Report) -> nn.Module | None:
+    """The model without its weights where it lets itself be built so, else with them."""
+    try:
+        with META:
+            return build_model(config, spec)
+    except ConfigError as error:
+        report.problems += error.problems
+        return None
+    except Exception:  # what a constructor may do with tensors, meta tensors cannot all
+        return report.attempt("model", lambda: build_model(config, spec))
+
+
+def _small(group: optim.Group) -> optim.Group:
+    """`group` with parameters of the same number of dimensions and no elements."""
+
+    def emptied(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        return [nn.Parameter(torch.empty((0,) * p.ndim, dtype=p.dtype)) for p in parameters]
+
+    return optim.Group(
+        group.name, group.multiplier, emptied(group.decayed), emptied(group.undecayed)
+    )
+
+
+def _try_batches(
+    config: Mapping[str, Any],
+    spec: Any,
+    model: nn.Module,
+    data: tuple[Any, Any | None],
+    report: Report,
+) -> None:
+    for key, dataset, training in (("data.train", data[0], True), ("data.val", data[1], False)):
+        if dataset is None:
+            continue
+        batch = report.attempt(key, lambda d=dataset: _batch(d, config))
+        if batch is None:
+            continue
+        model.train(training)
+        what = f"model on a batch of {key}"
+        try:
+            _loss(model(to_device(batch, META) if _is_meta(model) else batch))
+        except ConfigError as error:
+            report.problems += error.problems
+        except Exception as error:
+            if not _is_meta(model):
+                report.enter(what, error)
+                continue
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            if size > room():
+                report.unchecked.append(
+                    f"{what}: {_first_line(error)} (without weights), and {size / 1e9:.1f} GB of "
+                    "them are too much to try with on this machine"
+                )
+                return
+            real = report.attempt("model", lambda: build_model(config, spec))
+            if real is None:
+                return
+            model = real.train(training)
+            report.attempt(what, lambda m=model, b=batch: _loss(m(b)))
+
+
+def _batch(dataset: Any, config: Mapping[str, Any]) -> Any:
+    count = min(SAMPLES, len(dataset), int(config["data"]["batch_size"]))
+    seed = int(config["seed"])
+    return Fetcher(dataset, seed).fetch(Order(len(dataset), seed).ids(0, count), range(count))
+
+
+def _loss(out: Any) -> None:
+    """Raise `ConfigError` where a model's output is not what the trainer needs."""
+    if not isinstance(out, Mapping) or "loss" not in out:
+        raise ConfigError(
+            f"model._target_: model(batch) returns {type(out).__name__}"
+            + (f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else "")
+            + "; it must return a dictionary with `loss`"
+        )
+    loss = out["loss"]
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        shape = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ConfigError(f"model._target_: `loss` is {shape}; it must be a tensor of one number")
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def main() -> None:
+    """Answer on what was standard output: a person's own code prints there too."""
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    question = json.load(sys.stdin)
+    sys.path[:] = list(dict.fromkeys([*question["sys_path"], *sys.path]))
+    reports = [check(config, question["world_size"]) for config in question["configs"]]
+    json.dump([asdict(report) for report in reports], answer)
+    answer.close()
+
+
+if __name__ == "__main__":
+    main()

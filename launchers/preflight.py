@@ -1,0 +1,142 @@
+"""What needs the model in hand, checked before a run is queued: in a child process, which has torch."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atlas.errors import ConfigError
+from atlas.lock import replace
+from atlas.run import ROOT
+
+LIMIT_S = 600.0  # a child that takes longer is ended, and its configurations count as not checked
+# What of a configuration decides whether a model can be built and fed, less what does not matter.
+SECTIONS = ("model", "data", "optim")
+WITHOUT = (("data", "workers"), ("optim", "lr"), ("optim", "scale_lr"), ("optim", "base_batch_size"))
+LIBRARIES = ("torch", "hydra-core", "omegaconf", "numpy", "transformers")
+
+
+def preflight(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[str]:
+    """Raise `ConfigError` with everything that is wrong; returns what could not be checked here.
+
+    Configurations that differ in nothing that matters are checked once, and a pass is remembered
+    below `outputs` until they or the code change.
+    """
+    code = code_digest([ROOT / "atlas", *_own_folders()])
+    distinct = {_digest(code, config): config for config in configs}
+    found = {digest: _remembered(config, digest) for digest, config in distinct.items()}
+    missing = [digest for digest, report in found.items() if report is None]
+    if missing:
+        reports = _ask_child([distinct[digest] for digest in missing], world_size)
+        found.update(zip(missing, reports, strict=True))
+    problems = [text for report in found.values() if report for text in report["problems"]]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    for digest in missing:
+        _remember(distinct[digest], digest, found[digest])
+    notes = [text for report in found.values() if report for text in report["unchecked"]]
+    return list(dict.fromkeys(notes))
+
+
+def code_digest(folders: Sequence[Path]) -> str:
+    """Of the contents of every Python file below `folders` (in git: tracked or not ignored)."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in _sources(folder):
+            digest.update(str(path).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources(folder: Path) -> list[Path]:
+    command = ["git", "-C", str(folder), "ls-files", "-co", "--exclude-standard", "-z", "--", "*.py"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return sorted(folder.rglob("*.py"))
+    names = done.stdout.decode().split("\0")
+    return [path for name in sorted(set(names)) if name and (path := folder / name).is_file()]
+
+
+def _own_folders() -> list[Path]:
+    """The folders on `sys.path` that are neither Python's nor Atlas's: a person's own modules."""
+    roots = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), ROOT]
+    folders = [Path(entry).resolve() for entry in sys.path if entry and Path(entry).is_dir()]
+    return [
+        folder
+        for folder in folders
+        if folder != ROOT
+        and (folder.is_relative_to(ROOT / "tests") or not _is_below(folder, roots))
+    ]
+
+
+def _is_below(folder: Path, roots: Sequence[Path]) -> bool:
+    return any(folder.is_relative_to(root) for root in roots)
+
+
+def _digest(code: str, config: Mapping[str, Any]) -> str:
+    kept = {section: copy.deepcopy(config[section]) for section in SECTIONS}
+    for section, key in WITHOUT:
+        kept[section].pop(key, None)
+    versions = [sys.version, *(_version(name) for name in LIBRARIES)]
+    text = json.dumps([code, versions, kept], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _file(config: Mapping[str, Any], digest: str) -> Path:
+    return Path(config["outputs"]) / ".preflight" / f"{digest}.json"
+
+
+def _remembered(config: Mapping[str, Any], digest: str) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(_file(config, digest).read_text()))
+    except (OSError, ValueError):
+        return None
+
+
+def _remember(config: Mapping[str, Any], digest: str, report: Mapping[str, Any] | None) -> None:
+    file = _file(config, digest)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace(file, json.dumps(report) + "\n")
+
+
+def _ask_child(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[str, Any]]:
+    """A report for each of `configs`: `{"problems": [...], "unchecked": [...]}`."""
+    question = {"sys_path": sys.path, "world_size": world_size, "configs": list(configs)}
+    # A login node's GPU, if it has one, is not what the run will see.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "atlas.training.preflight"],
+            input=json.dumps(question),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=LIMIT_S,
+        )
+        answer = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return _all_unchecked(configs, f"building the model took longer than {LIMIT_S:.0f} s")
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return _all_unchecked(configs, f"the process that builds the model ended early: {last}")
+    return list(answer)
+
+
+def _all_unchecked(configs: Sequence[Mapping[str, Any]], why: str) -> list[dict[str, Any]]:
+    return [{"problems": [], "unchecked": [f"model and data: {why}"]} for _ in configs]

@@ -1,0 +1,616 @@
+"""Slurm: runs are put into the queue with submitit and look after themselves from there.
+
+The submitting side is `SlurmLauncher`, what runs in every task of a job is `Task`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atlas import worker
+from atlas.config import COUNT, OPTIONAL_COUNT, Key, nearest
+from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, AtlasError, ConfigError, RunBusyError
+from atlas.lock import guarded
+from atlas.run import ROOT, Run
+from launchers.base import Handle, Launcher
+
+KEYS = {
+    "cpus_per_task": OPTIONAL_COUNT,
+    "mem_gb": Key(float, above=0, null=True),
+    "timeout_min": COUNT,
+    "partition": Key(str, null=True),
+    "account": Key(str, null=True),
+    "qos": Key(str, null=True),
+    "constraint": Key(str, null=True),
+    "array_parallelism": OPTIONAL_COUNT,
+    "signal_delay_s": COUNT,
+    "max_requeues": Key(int, minimum=0),
+    "setup": Key(list, null=True),
+    "sbatch": Key(dict, null=True),
+    "preflight": Key(str, choices=("full", "light")),
+    "wait": Key(bool),
+}
+# sbatch parameters that Atlas sets itself, and the key that sets them; None: nobody else may.
+OWN = {
+    "nodes": "nodes",
+    "ntasks": "nproc_per_node",
+    "ntasks-per-node": "nproc_per_node",
+    "cpus-per-task": "cpus_per_task",
+    "mem": "mem_gb",
+    "time": "timeout_min",
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "signal": "signal_delay_s",
+    "array": None,
+    "output": None,
+    "error": None,
+    "open-mode": None,
+    "requeue": None,
+    "no-requeue": None,
+    "job-name": None,
+}
+# Any of these among the further parameters replaces the request for one GPU a rank.
+GPU_REQUESTS = ("gres", "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "tres-per-task")
+# What Slurm calls a job that is over. COMPLETING is not here: a job that is being requeued is so
+# called while its old processes end.
+ENDED = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED "
+    "TIMEOUT".split()
+)
+# Variables of an allocation that must not reach the jobs submitted from inside it.
+INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_", "TORCHELASTIC_")
+INHERITED_NAMES = frozenset(
+    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT ATLAS_LAUNCHER "
+    "CUDA_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES GPU_DEVICE_ORDINAL".split()
+)
+CODES = {"finished": EXIT_DONE, "preempted": EXIT_STOPPED, "killed": EXIT_STOPPED}
+# Slurm sends the signal before a time limit up to a minute early (man sbatch, --signal).
+EARLY_S = 60.0
+POLL_S = 2.0
+QUERY_S = 60.0  # how long a query to the controller may take
+# The reserved ports below the range that Linux gives to outgoing connections (32768 and above).
+FIRST_PORT, PORTS = 10_000, 20_000
+
+
+class SlurmLauncher(Launcher):
+    """Queues every run as a job, several at once as a job array; keys as in conf/cluster/slurm.yaml."""
+
+    name = "slurm"
+
+    def __init__(
+        self, nodes: int, nproc_per_node: int | str, device: str, **settings: Any
+    ) -> None:
+        super().__init__(nodes, nproc_per_node, device)
+        self._settings = {**dict.fromkeys(KEYS), **settings}
+        self._settings["setup"] = list(settings.get("setup") or ())
+        self._settings["sbatch"] = {
+            str(k).replace("_", "-"): v for k, v in (settings.get("sbatch") or {}).items()
+        }
+        self.detached = not settings.get("wait")
+        self._queue: dict[str, tuple[str, str]] | None = None
+
+    def check(self) -> None:
+        problems = [
+            f"cluster.{key} is not a key of cluster=slurm{nearest(key, KEYS)}"
+            for key in self._settings
+            if key not in KEYS
+        ]
+        for key, spec in KEYS.items():
+            if problem := spec.problem(self._settings[key]):
+                problems.append(f"cluster.{key}={self._settings[key]!r} {problem}")
+        if not problems:
+            problems = [*self._relations()]
+        if problems:
+            raise ConfigError(problems)
+
+    def preflight(self, configs: Sequence[Mapping[str, Any]]) -> None:
+        if not shutil.which("sbatch"):
+            raise ConfigError(
+                "cluster=slurm needs sbatch and there is none on this machine; give the command "
+                "on a login node of the cluster, or use cluster=local"
+            )
+        self._refuse_queued([self._run_of(config) for config in configs])
+        if self._settings["preflight"] == "full":
+            from launchers.preflight import preflight
+
+            for note in preflight(configs, self.world_size):
+                print(f"not checked: {note}", flush=True)
+
+    def is_at_work(self, run: Run) -> bool:
+        if self._queue is None:
+            # One question for all runs of a sweep.
+            self._queue = queue(["--me"])
+        return super().is_at_work(run) or _job_of(run, self._queue) is not None
+
+    def script(self, run: Run, config: Mapping[str, Any]) -> str:
+        from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+        folder = run.path / "slurm" / str(_next_number(run.path / "slurm"))
+        command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        known = set(SlurmExecutor._valid_parameters())
+        parameters = {k: v for k, v in self._parameters([run]).items() if k in known}
+        text = _make_sbatch_string(command=command, folder=folder, **parameters)
+        return text + _tested(text)
+
+    def submit(self, runs: Sequence[Run]) -> list[Handle]:
+        handles: list[Handle] = []
+        size = array_limit() if len(runs) > 1 else 1
+        for first in range(0, len(runs), size):
+            handles += self._submit(runs[first : first + size])
+        return handles
+
+    def _submit(self, runs: Sequence[Run]) -> list[Handle]:
+        """One job, or one array with a task a run."""
+        folders = sorted({run.path.parent for run in runs})
+        with contextlib.ExitStack() as stack:
+            # A job can start before its number is written down here: its rank 0 takes the run's
+            # lock under the same guard, so it comes second.
+            for folder in folders:
+                stack.enter_context(guarded(folder))
+            self._refuse_queued(runs)
+            folder = _submission_folder(runs)
+            jobs = self._sbatch(runs, folder)
+            for run, job in zip(runs, jobs, strict=True):
+                _mark_queued(run, job)
+        return [SlurmHandle(run, job, folder, jobs) for run, job in zip(runs, jobs, strict=True)]
+
+    def _sbatch(self, runs: Sequence[Run], folder: Path) -> list[str]:
+        """The job ids of `runs`, in their order."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        from submitit.slurm.slurm import SlurmExecutor
+
+        executor = SlurmExecutor(
+            folder, max_num_timeout=int(self._settings["max_requeues"]), python=_python()
+        )
+        executor.update_parameters(**self._parameters(runs))
+        try:
+            with outside_allocation():
+                if len(runs) == 1:
+                    return [executor.submit(Task(str(runs[0].path))).job_id]
+                jobs = executor.submit_array([Task(str(run.path)) for run in runs])
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise AtlasError(f"sbatch refused the job: {_sentence(error)}") from error
+        return [job.job_id for job in jobs]
+
+    def _parameters(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """What submitit makes the sbatch script of; everything that is null is left out."""
+        s = self._settings
+        name = runs[0].path.parent.name
+        further = {k: v for k, v in s["sbatch"].items() if v is not None and v is not False}
+        parameters = {
+            "job_name": f"{name}-{runs[0].id}" if len(runs) == 1 else name,
+            "nodes": self.nodes,
+            "ntasks_per_node": self.nproc_per_node,
+            "cpus_per_task": s["cpus_per_task"],
+            "mem": None if s["mem_gb"] is None else f"{int(s['mem_gb'] * 1024)}M",
+            "time": int(s["timeout_min"]),
+            "signal_delay_s": int(s["signal_delay_s"]),
+            "array_parallelism": s["array_parallelism"] or len(runs),
+            "setup": self._setup(),
+            "stderr_to_stdout": True,
+            "srun_args": self._srun_arguments(),
+            # As further parameters, since submitit would take the signal from a variable of the
+            # environment, and knows nothing of the others.
+            "additional_parameters": {
+                "signal": f"USR2@{int(s['signal_delay_s'])}",
+                "requeue": True,
+                **further,
+            },
+            **{key: s[key] for key in ("partition", "account", "qos", "constraint")},
+        }
+        if self.device != "cpu" and not any(key in further for key in GPU_REQUESTS):
+            parameters["gpus_per_node"] = self.nproc_per_node
+        # submitit would charge its own name to a cluster's accounts of projects.
+        return {**{k: v for k, v in parameters.items() if v is not None}, "wckey": None}
+
+    def _setup(self) -> list[str]:
+        root = shlex.quote(str(ROOT))
+        return [
+            *self._settings["setup"],
+            "export SUBMITIT_PREEMPT_SIGNAL=USR2",
+            # This clone, and not what happens to lie in the working directory.
+            f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1',
+        ]
+
+    def _srun_arguments(self) -> list[str]:
+        arguments = [
+            "--open-mode=append",  # a requeued job goes on in the same log
+            "--kill-on-bad-exit=1",  # or the ranks would wait for one that has died
+            "--wait=0",  # rank 0 stays longer than the others: the last metrics are sent
+        ]
+        if self._settings["cpus_per_task"]:
+            # srun does not take it over from sbatch (since Slurm 22.05).
+            arguments.append(f"--cpus-per-task={self._settings['cpus_per_task']}")
+        return arguments
+
+    def _relations(self) -> Iterator[str]:
+        s = self._settings
+        if s["signal_delay_s"] >= 60 * s["timeout_min"]:
+            yield (
+                f"cluster.signal_delay_s={s['signal_delay_s']} must be below the time limit, "
+                f"cluster.timeout_min={s['timeout_min']} ({60 * s['timeout_min']} s)"
+            )
+        for line in s["setup"]:
+            if not isinstance(line, str):
+                yield f"cluster.setup holds {line!r}; every entry must be a line of shell"
+        for key in s["sbatch"]:
+            if key in OWN:
+                instead = f"use cluster.{OWN[key]}" if OWN[key] else "Atlas sets it itself"
+                yield f"cluster.sbatch.{key}: {instead}"
+
+    def _run_of(self, config: Mapping[str, Any]) -> Run:
+        if config.get("resume"):
+            return Run.find(str(config["resume"]), config["outputs"])
+        return Run.plan(config, self.world_size)
+
+    def _refuse_queued(self, runs: Sequence[Run]) -> None:
+        """Raise `RunBusyError` for runs that have a job in the queue."""
+        ids = [str(run.status["job_id"]) for run in runs if _is_slurms(run)]
+        if not ids:
+            return
+        jobs = queue(["-j", ",".join(ids)])
+        busy = [(run, job) for run in runs if (job := _job_of(run, jobs))]
+        if busy:
+            raise RunBusyError(
+                "\n".join(
+                    f"run {run.id} is job {run.status['job_id']} on Slurm already ({state}); "
+                    f"scancel {run.status['job_id']} stops it and keeps what it has reached"
+                    for run, state in busy
+                )
+            )
+
+    def _ranks_per_node(self, wanted: int | str) -> int:
+        if wanted == "auto":
+            raise ConfigError(
+                "cluster.nproc_per_node=auto counts this machine's GPUs, and the job runs on "
+                "others; give the number of GPUs of a node, for example cluster.nproc_per_node=8"
+            )
+        return int(wanted)
+
+
+class SlurmHandle(Handle):
+    """A run in Slurm's queue; `jobs` are the ids of all that were submitted with it."""
+
+    def __init__(self, run: Run, job_id: str, folder: Path, jobs: Sequence[str]) -> None:
+        super().__init__(run)
+        self.job_id = job_id
+        self.folder = folder
+        self._jobs = jobs
+
+    @property
+    def log(self) -> Path:
+        """What rank 0 prints, and Slurm about the job; the other ranks' logs lie beside it."""
+        return self.folder / f"{self.job_id}_0_log.out"
+
+    def wait(self) -> int:
+        try:
+            while True:
+                code = self._code()
+                if code is not None:
+                    return code
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            print(f"\nno longer waiting; job {self.job_id} goes on (scancel {self.job_id} stops it)")
+            raise SystemExit(130) from None
+
+    def cancel(self) -> None:
+        subprocess.run(["scancel", self.job_id], check=False, timeout=QUERY_S)
+
+    def describe(self) -> str:
+        """The same text for every run of an array."""
+        if len(self._jobs) > 1:
+            main = self.job_id.partition("_")[0]
+            return (
+                f"job array {main} of {len(self._jobs)} runs is in Slurm's queue\n"
+                f"  state  squeue -r -j {main}\n"
+                f"  logs   {self.folder}/{main}_<run>_0_log.out\n"
+                f"  stop   scancel {main}   (each run saves first; the same command goes on)"
+            )
+        return (
+            f"job {self.job_id} is in Slurm's queue\n"
+            f"  state  squeue -j {self.job_id}\n"
+            f"  log    tail -F {self.log}\n"
+            f"  stop   scancel {self.job_id}   (it saves first; the same command goes on)"
+        )
+
+    def _code(self) -> int | None:
+        """The exit code, None while the job can still do something."""
+        state = self.run.status.get("state")
+        if state in ("finished", "failed"):
+            return CODES.get(state, EXIT_FAILED)
+        with contextlib.suppress(AtlasError):  # a controller that is away for a while
+            now = job_state(self.job_id)
+            if now is None or now in ENDED:
+                # Asked again: the run can have ended between the two questions.
+                return CODES.get(str(self.run.status.get("state")), EXIT_FAILED)
+        return None
+
+
+class Task:
+    """What every task of a job calls; pickled by name, with the run's directory and nothing else."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self) -> None:
+        """Train, and exit with a code that is true for the whole job."""
+        # submitit has put its own handler here. It is the right one until the worker takes over,
+        # and what requeues the job in the end.
+        handler = getattr(signal.getsignal(signal.SIGUSR2), "__self__", None)
+        os.environ.update(rank_environment())
+        code = worker.main(self.path)
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # all is saved, nothing is left to be asked for
+        if int(os.environ["RANK"]):
+            # Not 75: srun would end rank 0, which has the last metrics to send and the job to
+            # requeue.
+            raise SystemExit(EXIT_DONE if code == EXIT_STOPPED else code)
+        settle(Run(self.path), code, handler)
+        # submitit would write a result that nobody reads, and fail where an earlier attempt was
+        # killed while it wrote one.
+        raise SystemExit(code)
+
+    def checkpoint(self) -> Any:
+        """What submitit puts back into the queue: the same task."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def settle(run: Run, code: int, handler: Any) -> None:
+    """Rank 0's last act: requeue a preempted job, tell of another rank's failure."""
+    status = run.status
+    if code == EXIT_FAILED and (failure := run.failure) and failure["rank"]:
+        reason = f"rank {failure['rank']} on {failure['host']}: {failure['reason']}"
+        print(f"the first rank to fail was rank {failure['rank']} on {failure['host']}:")
+        print(failure["traceback"] or failure["message"], flush=True)
+        if status.get("state") == "failed":
+            run.update_status(reason=reason)
+    if code != EXIT_STOPPED or handler is None:
+        return
+    if status["state"] == "preempted" or (status["state"] == "killed" and is_preempted()):
+        told = requeue(handler, is_out_of_time(run))
+        print(told, flush=True)
+        run.update_status(state="preempted", reason=told)
+
+
+def requeue(handler: Any, timed_out: bool) -> str:
+    """Have submitit requeue this job; says what came of it.
+
+    A time limit uses up one of the requeues that were granted, a preemption none.
+    """
+    from submitit.core.utils import UncompletedJobError
+
+    cause = "time limit" if timed_out else "preempted"
+    # submitit's own judgement takes every preemption under a short limit for a time limit.
+    handler.has_timed_out = lambda: timed_out
+    pickle = handler._job_paths.submitted_pickle
+    # Left by a kill in the middle of writing it; submitit would stop at it for good.
+    pickle.with_name(f"{pickle.name}.save_tmp").unlink(missing_ok=True)
+    try:
+        handler.checkpoint_and_try_requeue(signal.SIGUSR2)
+    except SystemExit:
+        return f"{cause}: saved and back in the queue"
+    except UncompletedJobError:
+        return f"{cause}: saved; cluster.max_requeues are used up, the same command goes on"
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{cause}: saved; scontrol requeue failed ({error}), the same command goes on"
+    return f"{cause}: saved"
+
+
+def rank_environment() -> dict[str, str]:
+    """What the worker reads, from Slurm's variables of this task."""
+    slurm = os.environ
+    job, restarts = int(slurm["SLURM_JOB_ID"]), int(slurm.get("SLURM_RESTART_COUNT", 0))
+    world = {
+        "RANK": slurm["SLURM_PROCID"],
+        "LOCAL_RANK": slurm["SLURM_LOCALID"],
+        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        "MASTER_ADDR": first_host(slurm["SLURM_JOB_NODELIST"]),
+        # Another port after a requeue: ranks of the earlier attempt can live on, on a lost node.
+        "MASTER_PORT": str(FIRST_PORT + (job + 7919 * restarts) % PORTS),
+        "ATLAS_LAUNCHER": "slurm",
+    }
+    if int(world["WORLD_SIZE"]) > 1:
+        # As torchrun does it: every rank with a thread a core would take turns with the others.
+        threads = slurm.get("SLURM_CPUS_PER_TASK", "1")
+        world["OMP_NUM_THREADS"] = slurm.get("OMP_NUM_THREADS", threads)
+    return world
+
+
+def first_host(nodes: str) -> str:
+    """The host that rank 0 runs on, from a list such as `n[1-3],m5`."""
+    if not set("[,") & set(nodes):
+        return nodes
+    command = ["scontrol", "show", "hostnames", nodes]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=QUERY_S)
+    return done.stdout.split()[0]
+
+
+def is_out_of_time(run: Run) -> bool:
+    """Whether the run was stopped by the signal before its job's time limit."""
+    done = subprocess.run(
+        ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L"],
+        capture_output=True,
+        text=True,
+        timeout=QUERY_S,
+    )
+    left = seconds(done.stdout.strip())
+    if left is None:
+        return False
+    # As it was when the run was saved: since then the last metrics were sent.
+    saved = [path.stat().st_mtime for path in run.checkpoints.glob("[0-9]*/meta.json")]
+    since = time.time() - max(saved, default=time.time())
+    return left + since <= float(run.config["cluster"]["signal_delay_s"]) + EARLY_S
+
+
+def is_preempted() -> bool:
+    """Whether Slurm ends this job for another one; with a grace time it says so by SIGTERM."""
+    command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
+    fields = dict(part.partition("=")[::2] for part in done.stdout.split())
+    return fields.get("PreemptTime", "None") != "None"
+
+
+def seconds(left: str) -> float | None:
+    """squeue's `[days-]hours:minutes:seconds` (or fewer of them); None where it is no time."""
+    days, _, clock = left.rpartition("-")
+    try:
+        total = 0.0
+        for part in clock.split(":"):
+            total = 60 * total + float(part)
+        return 86400 * float(days or 0) + total
+    except ValueError:
+        return None
+
+
+def job_state(job_id: str) -> str | None:
+    """Slurm's word for a job that is queued, running or has just ended, such as PENDING.
+
+    None: the controller does not know it, so it ended minutes ago or never was. Asks squeue, which
+    needs no accounting; raises `AtlasError` where the controller cannot be asked.
+    """
+    found = queue(["-j", str(job_id)]).get(str(job_id))
+    return found[0] if found else None
+
+
+def queue(selection: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """State and script of every job of `selection` (arguments of squeue) by job id."""
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%o", *selection],
+            capture_output=True,
+            text=True,
+            timeout=QUERY_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AtlasError(f"Slurm's queue cannot be read: {error}") from error
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise AtlasError(f"Slurm's queue cannot be read: {_sentence(done.stderr)}")
+    rows = (line.split("|", 2) for line in done.stdout.splitlines())
+    return {job: (state, script) for job, state, script in rows}
+
+
+def array_limit() -> int:
+    """The largest number of tasks in a job array here (MaxArraySize)."""
+    command = ["scontrol", "show", "config"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
+    for line in done.stdout.splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize":
+            return max(1, int(value))
+    return 1000
+
+
+@contextlib.contextmanager
+def outside_allocation() -> Iterator[None]:
+    """Within a job's environment: without what would be taken for options of a new job.
+
+    Outside of a job nothing changes; SBATCH_* variables are then the person's own defaults.
+    """
+    before = dict(os.environ)
+    if "SLURM_JOB_ID" in before:
+        for name in before:
+            if name in INHERITED_NAMES or name.startswith(INHERITED):
+                if name != "SLURM_CONF":
+                    del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _is_slurms(run: Run) -> bool:
+    status = run.status
+    return status.get("launcher") == "slurm" and bool(status.get("job_id"))
+
+
+def _job_of(run: Run, jobs: Mapping[str, tuple[str, str]]) -> str | None:
+    """The state of the job that has `run` queued or running, None where there is none."""
+    if not _is_slurms(run):
+        return None
+    status = run.status
+    state, script = jobs.get(str(status["job_id"]), ("", ""))
+    if not state or state in ENDED:
+        return None
+    if state == "COMPLETING" and status["state"] in ("finished", "failed", "killed"):
+        return None
+    # Job ids start again when a controller is set up anew: another job can have this one now.
+    latest = run.path / "slurm" / str(_next_number(run.path / "slurm") - 1)
+    return state if Path(script).parent.resolve() == latest.resolve() else None
+
+
+def _mark_queued(run: Run, job_id: str) -> None:
+    before = run.status
+    again = before.get("state") not in (None, "queued")
+    run.update_status(
+        state="queued",
+        reason=None,
+        launcher="slurm",
+        job_id=job_id,
+        pid=None,
+        restarts=int(before.get("restarts", 0)) + again,
+    )
+
+
+def _submission_folder(runs: Sequence[Run]) -> Path:
+    """A new folder for one submission; an array's is linked to from each of its runs.
+
+    submitit finds its files by job id alone, and ids can start again.
+    """
+    if len(runs) == 1:
+        return _new_folder(runs[0].path / "slurm")
+    folder = _new_folder(runs[0].path.parent / ".slurm")
+    for run in runs:
+        own = run.path / "slurm"
+        own.mkdir(exist_ok=True)
+        (own / str(_next_number(own))).symlink_to(os.path.relpath(folder, own))
+    return folder
+
+
+def _new_folder(parent: Path) -> Path:
+    folder = parent / str(_next_number(parent))
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _next_number(parent: Path) -> int:
+    taken = [int(path.name) for path in parent.glob("*") if path.name.isdigit()]
+    return max(taken, default=0) + 1
+
+
+def _python() -> str:
+    """The command that starts Python in a task, deaf to SIGUSR2 until submitit listens to it.
+
+    The signal ends a process that has no handler yet, and the job would count as failed.
+    """
+    return f"sh -c 'trap \"\" USR2; exec \"$0\" \"$@\"' {shlex.quote(sys.executable)}"
+
+
+def _tested(script: str) -> str:
+    """What Slurm says of `script` without queueing it, as a comment."""
+    if not shutil.which("sbatch"):
+        return "\n# sbatch --test-only: there is no sbatch on this machine"
+    with outside_allocation():
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=QUERY_S
+        )
+    return f"\n# sbatch --test-only: {_sentence(done.stderr or done.stdout)}"
+
+
+def _sentence(error: object) -> str:
+    """Slurm's messages in one line, less the name of the command."""
+    lines = (line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).split("\n"))
+    return "; ".join(line.strip() for line in lines if line.strip())

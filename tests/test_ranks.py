@@ -1,0 +1,217 @@
+"""Many ranks on one machine: the same result under every launcher, and nothing left behind."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from commands import (
+    ROOT,
+    environment,
+    kill,
+    lines,
+    only_run,
+    points,
+    quick,
+    same,
+    start,
+    status,
+    train,
+    wait_for_step,
+    weights,
+)
+
+SMALL = (
+    "cluster.device=cpu",
+    "tracking=none",
+    "trainer.steps=20",
+    "schedule.warmup=5",
+    "trainer.accumulate=1",
+    "trainer.val_interval=null",
+    "data.episodes=40",
+    "data.val_episodes=4",
+    "data.rollouts=2",
+)
+SEED_FILE = ("--config", "atlas/configs/train_config.yaml")
+
+
+def torchrun(ranks, *arguments, module="torch.distributed.run", script="train.py"):
+    port = random.randint(20000, 29000)
+    line = [sys.executable, "-m", module, f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    done = subprocess.run(
+        [*line, script, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def change(run):
+    """How far the trained weights have moved, as one flat vector, from their seeded start."""
+    import torch
+
+    return torch.cat([value.double().flatten() for value in weights(run)["model"].values()])
+
+
+@pytest.mark.slow
+def test_eight_ranks_agree_under_every_launcher(tmp_path):
+    import torch
+
+    places = {name: tmp_path / name for name in ("local", "torchrun", "launch", "one", "start")}
+    at = {name: (*SMALL, f"outputs={path}") for name, path in places.items()}
+    train(*at["local"], "cluster.nproc_per_node=8")
+    torchrun(8, *SEED_FILE, *at["torchrun"], script="atlas/train.py")
+    torchrun(
+        8, *SEED_FILE, *at["launch"], module="torch.distributed.launch", script="atlas/train.py"
+    )
+    runs = {name: only_run(places[name]) for name in ("local", "torchrun", "launch")}
+    for name in ("torchrun", "launch"):
+        # The file asks for the base rate 1e-4; what the local run used is the default.
+        assert same(weights(runs[name])["model"], weights(runs["torchrun"])["model"])
+    train(*at["local"], "cluster.nproc_per_node=8", "optim.lr=1e-4", "fresh=true")
+    twin = next(p for p in places["local"].glob("*/*") if status(p)["steps"] and p != runs["local"])
+    assert same(weights(twin)["model"], weights(runs["torchrun"])["model"])
+    assert len(list(places["local"].glob("*/*"))) == 2
+    # One process that takes the same samples in eight micro-batches.
+    train(*at["one"], "cluster.nproc_per_node=1", "trainer.accumulate=8")
+    train(*at["start"], "cluster.nproc_per_node=1", "trainer.accumulate=8", "optim.lr=1e-30")
+    begin = change(only_run(places["start"]))
+    one, eight = change(only_run(places["one"])) - begin, change(runs["local"]) - begin
+    assert torch.linalg.norm(one - eight) < 1e-3 * torch.linalg.norm(one)
+
+
+@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_and_resumed(tmp_path, ranks):
+    many = ("cluster.device=cpu", f"cluster.nproc_per_node={ranks}", "data.batch_size=2")
+    train(*quick(tmp_path / "twin", *many))
+    arguments = quick(tmp_path / "killed", *many, "model.pause=0.02", "trainer.save_interval=3")
+    process = start(*arguments)
+    run = wait_for_step(tmp_path / "killed", 6)
+    kill(process)
+    train(*arguments)
+    twin = only_run(tmp_path / "twin")
+    assert points(run) == points(twin)
+    assert lines(run / "samples.jsonl") == lines(twin / "samples.jsonl")
+    assert same(weights(run), weights(twin))
+
+
+def test_stopped_ranks_agree_on_the_step(tmp_path):
+    arguments = quick(
+        tmp_path, "cluster.device=cpu", "cluster.nproc_per_node=2", "model.pause=0.03"
+    )
+    process = start(*arguments)
+    run = wait_for_step(tmp_path, 5)
+    said = kill(process, signal.SIGTERM)
+    assert process.returncode == 75, said
+    assert status(run)["state"] == "killed"
+    assert (run / "checkpoints" / f"{status(run)['step']:08d}").exists()
+
+
+def ranks_of(process):
+    """The processes of the ranks, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            rank = child.environ().get("RANK")
+        except (psutil.Error, OSError):
+            continue
+        found[rank] = child
+    return found
+
+
+def descendants(run):
+    """Processes that still have to do with `run`, its shipper and data workers among them."""
+    left = []
+    for process in psutil.process_iter(["cmdline", "pid"]):
+        if str(run.parent.parent) in " ".join(process.info["cmdline"] or []):
+            left.append(process)
+    return left
+
+
+@pytest.mark.parametrize("victim", ["parent", "rank 0", "rank 1", "data worker"])
+def test_nothing_is_left_running(tmp_path, victim):
+    arguments = quick(
+        tmp_path,
+        "cluster.device=cpu",
+        "cluster.nproc_per_node=2",
+        "model.pause=0.05",
+        "data.workers=1",
+        "trainer.steps=500",
+    )
+    process = start(*arguments)
+    run = wait_for_step(tmp_path, 5)
+    family = [process.pid, *(c.pid for c in psutil.Process(process.pid).children(recursive=True))]
+    pids = lock_pids(process)
+    target = {
+        "parent": process.pid,
+        "rank 0": pids[0],
+        "rank 1": pids[1],
+        "data worker": psutil.Process(pids[1]).children()[0].pid,
+    }[victim]
+    os.kill(target, signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    deadline = time.monotonic() + 10
+    while any(map(alive, family)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in family if alive(pid)], said
+    if victim != "parent":
+        assert process.returncode == 1, said
+        assert status(run)["state"] == "failed" and status(run)["reason"], status(run)
+        assert said.count("Traceback") <= 1, said
+    train(*arguments, "trainer.max_time=0.001", code=75)
+    assert status(run)["step"] > 5
+
+
+def lock_pids(process):
+    """The pids of ranks 0 and 1: the forked processes, in the order of their start."""
+    server = [c for c in psutil.Process(process.pid).children() if "forkserver" in cmdline(c)]
+    ranks = [c for c in server[0].children()]
+    return sorted(c.pid for c in ranks)[:2]
+
+
+def cmdline(process):
+    return " ".join(process.cmdline())
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_failing_rank_is_told_once(tmp_path):
+    arguments = quick(tmp_path, "cluster.device=cpu", "cluster.nproc_per_node=2")
+    done = train(*arguments, "+data.train.bad=3", code=1)
+    assert done.stderr.count("NaN or infinite in update") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "NonFiniteError" in status(only_run(tmp_path))["reason"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-m", "optim.lr=1e-3,1e-4"], "-m under torchrun"),
+        (["cluster=slurm"], "under torchrun: the ranks are running already"),
+    ],
+)
+def test_what_makes_no_sense_under_torchrun(tmp_path, arguments, words):
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--master_port"]
+    done = subprocess.run(
+        [*line, str(random.randint(20000, 29000)), "train.py", *arguments, f"outputs={tmp_path}"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and words in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,70 @@
+"""Sweeps over the local pool."""
+
+import json
+import signal
+import time
+
+from commands import OWN, kill, quick, start, status, train
+
+GRID = ("optim.lr=1e-3,1e-2", "schedule.warmup=2,4")
+
+
+def sweep(outputs, *arguments, code=0):
+    base, *rest = quick(outputs, *arguments)
+    return train(base, "-m", *rest, code=code)
+
+
+def test_only_what_is_missing_runs_and_a_wider_grid_joins(tmp_path):
+    first = sweep(tmp_path, *GRID)
+    assert "4 of 4 runs to start" in first.stdout
+    table = [line for line in first.stdout.splitlines() if "optim.lr=" in line]
+    values = [float(line.split()[0]) for line in table]
+    assert len(values) == 4 and values == sorted(values)
+    again = sweep(tmp_path, *GRID)
+    assert "0 of 4 runs to start" in again.stdout
+    wider = sweep(tmp_path, "optim.lr=1e-3,1e-2,3e-2", "schedule.warmup=2,4")
+    assert "2 of 6 runs to start" in wider.stdout
+    groups = list((tmp_path / "quick" / "sweeps").glob("*.json"))
+    assert len(groups) == 1
+    assert len(json.loads(groups[0].read_text())["members"]) == 6
+
+
+def test_a_failing_run_leaves_the_others_alone(tmp_path):
+    done = sweep(tmp_path, "+data.train.bad=-1,3", "optim.lr=1e-3,1e-2", code=1)
+    states = sorted(status(p)["state"] for p in tmp_path.glob("quick/[0-9a-f]*"))
+    assert states == ["failed", "failed", "finished", "finished"]
+    assert done.stdout.count("NaN or infinite") >= 2 and "logs" in done.stdout
+    again = sweep(tmp_path, "+data.train.bad=-1,3", "optim.lr=1e-3,1e-2", code=1)
+    assert "2 of 4 runs to start" in again.stdout
+
+
+def test_groups_can_be_swept(tmp_path):
+    done = sweep(tmp_path, "schedule=cosine,linear", "trainer.steps=10")
+    assert "2 of 2 runs to start" in done.stdout
+    kinds = {json.dumps(status(p)["best"]) for p in tmp_path.glob("quick/[0-9a-f]*")}
+    assert len(kinds) == 2
+
+
+def test_interrupted_and_issued_again(tmp_path):
+    base, *rest = quick(tmp_path, "model.pause=0.03", "optim.lr=1e-3,1e-2,1e-1")
+    process = start(base, "-m", *rest)
+    while len(list(tmp_path.glob("quick/*/checkpoints/[0-9]*"))) < 1:
+        time.sleep(0.05)
+    said = kill(process, signal.SIGINT)
+    assert process.returncode == 75, said
+    train(base, "-m", *rest)
+    runs = list(tmp_path.glob("quick/[0-9a-f]*"))
+    assert len(runs) == 3 and {status(p)["state"] for p in runs} == {"finished"}
+
+
+def test_everything_wrong_is_told_once(tmp_path):
+    done = sweep(tmp_path, "trainer.steps=3,0", "schedule.warmup=4", code=1)
+    assert done.stderr.count("schedule.warmup=4 must be below trainer.steps=3") == 1
+    assert done.stderr.count("trainer.steps=0 must be a whole number") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_objective_is_a_metric_of_choice(tmp_path):
+    done = sweep(tmp_path, "optim.lr=1e-3,1e-2", "objective=val/mae", "trainer.steps=8")
+    assert done.stdout.splitlines()[-3].split()[0] == "val/mae"
+    assert OWN.exists()
