@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from atlas.identity import flat
 PRECISIONS = ("fp32", "tf32", "bf16")
 SCALINGS = ("none", "linear", "sqrt")
 DEVICES = ("auto", "cpu", "cuda")
-SECRETS = ("token", "password", "secret", "api_key")
+SECRETS = ("token", "password", "secret", "api_key", "access_key")  # whole words of a key's name
+IN_URI = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # user and password in an address
 
 
 @dataclass(frozen=True)
@@ -128,13 +130,18 @@ KEYS: dict[str, Key] = {
     "cluster.nodes": COUNT,
     "cluster.nproc_per_node": Key(int, minimum=1, auto=True),
     "cluster.device": Key(str, choices=DEVICES),
+    "tracking.kind": Key(str, choices=("mlflow", "none")),
+    "tracking.uri": Key(str, null=True),
+    "tracking.artifact_root": Key(str, null=True),
+    "tracking.log_best": Key(bool),
+    "tracking.wait_s": Key(float, minimum=0),
     "schedule._target_": Key(str),
     "model._target_": Key(str),
 }
 # A schedule of a person's own can have others.
 SCHEDULE = {"warmup": Key(int, minimum=0), "floor": Key(float, minimum=0, maximum=1)}
 # The sections in which every key is Atlas's own; elsewhere a person's own keys are welcome.
-CLOSED = ("trainer", "optim")
+CLOSED = ("trainer", "optim", "tracking")
 TOP = ("model", "optim", "schedule", "data", "cluster", "tracking", "trainer", "run")
 
 
@@ -145,9 +152,9 @@ def check(config: Mapping[str, Any]) -> None:
         *_unknown(config),
         *_values(config),
         *_secrets(config),
+        *_relations(config),
+        *_paths(config),
     ]
-    if not problems:
-        problems = [*_relations(config), *_paths(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -183,8 +190,8 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is not a key of Atlas{nearest(key, top)}"
     for section in CLOSED:
         known = [k.partition(".")[2] for k in KEYS if k.startswith(f"{section}.")]
-        for key in config.get(section) or {}:
-            if key not in known:
+        for key, value in (config.get(section) or {}).items():
+            if key not in known and not _is_secret(key, value):  # secrets are told of below
                 yield f"{section}.{key} is not a key of Atlas{nearest(key, known)}"
 
 
@@ -208,37 +215,57 @@ def _values(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _secrets(config: Mapping[str, Any]) -> Iterator[str]:
+    """Values that must not be kept; they are not repeated in the message either."""
     for key, value in flat(config).items():
-        last = key.rpartition(".")[2].lower()
-        if last in SECRETS and value not in (None, ""):
+        if _is_secret(key, value):
             yield (
                 f"{key} holds a secret, and a configuration is kept and shown; put it into the "
-                f"environment, for example {last.upper()}, and read it there"
+                f"environment, for example as {key.rpartition('.')[2].upper()} (for MLflow: "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), and read it there"
             )
 
 
+def _is_secret(key: str, value: Any) -> bool:
+    last = key.rpartition(".")[2].lower()
+    named = any(f"_{secret}_" in f"_{last}_" for secret in SECRETS)
+    return (named and value not in (None, "")) or (
+        isinstance(value, str) and IN_URI.search(value) is not None
+    )
+
+
 def _relations(config: Mapping[str, Any]) -> Iterator[str]:
-    steps = config["trainer"]["steps"]
-    warmup = (config.get("schedule") or {}).get("warmup")
-    if isinstance(warmup, int) and warmup >= steps:
+    """What two values say together; those that are wrong by themselves are told of already."""
+    steps, warmup = _good(config, "trainer.steps"), _lookup(config, "schedule.warmup")[1]
+    if steps and isinstance(warmup, int) and warmup >= steps:
         yield (
             f"schedule.warmup={warmup} must be below trainer.steps={steps}; "
             f"shorten the warm-up or train for longer"
         )
-    if config["resume"] and config["fresh"]:
+    if config.get("resume") and config.get("fresh") is True:
         yield "resume and fresh=true contradict each other; give one of them"
-    if config["trainer"]["patience"] and config["data"].get("val") is None:
+    patience, (_, val) = _good(config, "trainer.patience"), _lookup(config, "data.val")
+    if patience and val is None:
         yield (
-            f"trainer.patience={config['trainer']['patience']} counts validations and there is "
+            f"trainer.patience={patience} counts validations and there is "
             "no data.val; add a validation set or set trainer.patience=null"
         )
 
 
+def _good(config: Mapping[str, Any], key: str) -> Any:
+    """The value of `key` where it is a permitted one, else None."""
+    value = _lookup(config, key)[1]
+    return None if KEYS[key].problem(value) else value
+
+
 def _paths(config: Mapping[str, Any]) -> Iterator[str]:
-    outputs = Path(config["outputs"]).absolute()
-    existing = next(p for p in (outputs, *outputs.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield f"outputs={config['outputs']}: {existing} is not a folder that can be written to"
-    root = config["data"].get("root")
-    if isinstance(root, str) and not Path(root).exists():
+    name = _good(config, "name")
+    if name is not None and (not name or "/" in name or name.startswith(".")):
+        yield f"name={name!r} must be the name of one folder below outputs, without / or a leading dot"
+    if given := _good(config, "outputs"):
+        outputs = Path(given).absolute()
+        existing = next(p for p in (outputs, *outputs.parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            yield f"outputs={given}: {existing} is not a folder that can be written to"
+    root = _lookup(config, "data.root")[1]
+    if isinstance(root, str) and root != "???" and not Path(root).exists():
         yield f"data.root={root} does not exist; give the folder that holds the data set"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from atlas.errors import AtlasError
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ class Journal:
         self._lines: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
         self._standing: dict[int, dict[str, Any]] = {}
+        self._differences = 0
         cut_torn_line(path)
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
@@ -53,14 +57,35 @@ class Journal:
         if self._lines:
             self._before_write()
             text = "".join(json.dumps(line) + "\n" for line in self._lines)
-            write_all(self._fd, text.encode())
+            try:
+                write_all(self._fd, text.encode())
+            except OSError as error:
+                free = shutil.disk_usage(self.path.parent).free / 1e6
+                raise AtlasError(
+                    f"{self.path} could not be written ({error}); {free:.1f} MB are free there"
+                ) from error
             self._lines.clear()
         if sync:
             os.fsync(self._fd)
         self._flushed = time.monotonic()
 
+    def _tell_difference(self, step: int, key: str, now: Any, before: Any) -> None:
+        """Warn of the first difference; the others are counted."""
+        self._differences += 1
+        if self._differences == 1:
+            log.warning(
+                "step %d: %s is %r now and was %r before the restart; this run is not reproducible "
+                "bit by bit (see trainer.deterministic, and the number of ranks)",
+                step,
+                key,
+                now,
+                before,
+            )
+
     def close(self) -> None:
         """Flush and close."""
+        if self._differences > 1:
+            log.warning("%d values differed from before the restart", self._differences)
         try:
             self.flush()
         finally:
@@ -72,14 +97,7 @@ class Journal:
             self._standing = {}
         for key, value in metrics.items():
             if key in stands and key not in TIMINGS and not _same(stands[key], value):
-                log.warning(
-                    "step %d: %s is %r now and was %r before the restart; "
-                    "this run is not reproducible bit by bit (see trainer.deterministic)",
-                    step,
-                    key,
-                    value,
-                    stands[key],
-                )
+                self._tell_difference(step, key, value, stands[key])
         left = {key: value for key, value in metrics.items() if key not in stands}
         return {} if left.keys() <= TIMINGS else left
 

@@ -69,13 +69,15 @@ class Lock:
                 )
             replace(self.path, json.dumps(asdict(me)))
         self._mine = me
+        self._stop.clear()
         threading.Thread(target=self._beat, name="atlas-heartbeat", daemon=True).start()
 
     def release(self) -> None:
         """Give the lock back; a lock that somebody took over is left alone."""
         self._stop.set()
-        if self._mine and self.is_mine():
-            self.path.unlink(missing_ok=True)
+        with guarded(self.path.parent.parent):
+            if self.is_mine():
+                self.path.unlink(missing_ok=True)
         self._mine = None
 
     def is_mine(self) -> bool:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from atlas.errors import ConfigError
+from atlas.errors import AtlasError, ConfigError
 from atlas.identity import CUT, effective_batch, flat, identity, is_excluded
 from atlas.run import Command, Run
 
@@ -59,6 +59,20 @@ def keep_effective_batch(config: dict[str, Any], run: Run, world_size: int) -> N
             f"{', '.join(map(str, fitting)) or 'none with this data.batch_size'}"
         )
     config["trainer"]["accumulate"] = accumulate
+
+
+def check_source(config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where `init_from` names no run with a checkpoint."""
+    if not config["init_from"]:
+        return
+    try:
+        source = Run.find(config["init_from"], config["outputs"])
+    except AtlasError as error:
+        raise ConfigError(f"init_from={config['init_from']}: {error}") from error
+    if not any(source.checkpoints.glob("[0-9]*")):
+        raise ConfigError(
+            f"init_from={config['init_from']}: {source.path} holds no checkpoint to start from"
+        )
 
 
 def announce(run: Run, config: Mapping[str, Any], world_size: int, command: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import shlex
@@ -125,7 +126,7 @@ class Run:
     def update_status(self, **changes: Any) -> dict[str, Any]:
         """Replace `status.json` by itself with `changes`, atomically."""
         status = {**self.status, **changes, "updated": round(time.time(), 3)}
-        if self.mlflow_file.exists():
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or torn
             status["mlflow_run_id"] = json.loads(self.mlflow_file.read_text()).get("run_id")
         replace(self.status_file, json.dumps(status, indent=1) + "\n")
         return status

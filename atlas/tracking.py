@@ -14,6 +14,7 @@ from atlas.run import Run
 from atlas.shipper import open_shipper
 
 STATUS_S = 5.0
+PREEMPTED_WAIT_S = 5.0  # the queue is waiting for the machine
 
 
 class Tracker:
@@ -30,6 +31,7 @@ class Tracker:
         self._wait_s = float(config["tracking"]["wait_s"])
         self._last: dict[str, float] = {}
         self._status_at = time.monotonic()
+        self._warned: str | None = None
 
     def resume(self, step: int) -> None:
         """Get ready to go on at `step`: what stands past it is compared, sample ids are cut."""
@@ -72,8 +74,10 @@ class Tracker:
             self._samples.clear()
 
     def warning(self) -> str | None:
-        """Something about the tracking server that the person should know, once."""
-        return self._shipper.warning()
+        """What is wrong with the tracking server, once for as long as it is."""
+        warning = self._shipper.warning()
+        new, self._warned = warning != self._warned, warning
+        return warning if new else None
 
     def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
         """The last record of this process; returns what could not be shipped, in a sentence."""
@@ -82,8 +86,7 @@ class Tracker:
             self.status(state=state, reason=reason, **changes)
         finally:
             self._journal.close()
-        self._lock.release()
-        left = self._shipper.finish(self._wait_s)
+        left = self._shipper.finish(self._wait_s if state != "preempted" else PREEMPTED_WAIT_S)
         self._run.update_status()
         return left
 

@@ -78,8 +78,22 @@ def _culprit(error: Exception, overrides: list[str]) -> str | None:
     return next(iter(exact + around), None)
 
 
+def _option(*names: str) -> str | None:
+    """The value that one of Hydra's own options has on the command line."""
+    for index, argument in enumerate(sys.argv):
+        if argument in names and index + 1 < len(sys.argv):
+            return sys.argv[index + 1]
+        for name in names:
+            if argument.startswith(f"{name}="):
+                return argument.partition("=")[2]
+    return None
+
+
 def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
+    own = _option("--config-dir", "-cd")
+    if own:
+        overrides = [*overrides, f"hydra.searchpath=[{Path(own).absolute()}]"]
     with initialize_config_dir(str(conf), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", overrides), resolve=True)
     assert isinstance(config, dict)

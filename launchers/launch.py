@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,17 @@ from atlas.config import check, not_set
 from atlas.errors import EXIT_DONE, AtlasError, ConfigError
 from atlas.identity import flat
 from atlas.plan import outline, summary
-from atlas.resume import adopt, announce, keep_effective_batch
+from atlas.resume import adopt, announce, check_source, keep_effective_batch
 from atlas.run import ROOT, Command, Run
 from launchers import torchrun
 from launchers.base import Launcher
 from launchers.explain import explain
 
+# Hydra's options that are followed by a value; --config is Atlas's own, of atlas/train.py.
+WITH_VALUE = (
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+    *("--package", "-p", "--cfg", "-c", "--info", "-i", "--experimental-rerun", "--config"),
+)
 # Set by a person who wants to see where an error comes from.
 FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
 
@@ -41,6 +46,7 @@ def _launch(cfg: DictConfig) -> None:
     if config.get("resume"):
         config = adopt(config, command)
     check(config)
+    check_source(config)
     config["outputs"] = str(Path(config["outputs"]).absolute())
     launcher = launcher_of(config)
     launcher.check()
@@ -78,12 +84,27 @@ def start(main: Callable[[], Any]) -> None:
     """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started."""
     sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
     with reported():
-        sys.argv[1:] = torchrun.without_launcher_arguments(sys.argv[1:])
+        sys.argv[1:] = options_first(torchrun.without_launcher_arguments(sys.argv[1:]))
         if not torchrun.is_torchrun():
             main()
             return
         torchrun.refuse("launchers.local.", multirun="-m" in sys.argv or "--multirun" in sys.argv)
         torchrun.main(main)
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with Hydra's options ahead of the overrides: it takes no others behind those."""
+    options: list[str] = []
+    overrides: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
+        if argument in WITH_VALUE and (value := next(waiting, None)) is not None:
+            options.append(value)
+    return [*options, *overrides]
 
 
 def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
@@ -108,14 +129,28 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     """All of `cfg` as plain values, interpolations resolved; missing values stay `???`."""
     try:
         config = OmegaConf.to_container(cfg, resolve=True)
-    except InterpolationToMissingValueError as error:
-        raw: Any = OmegaConf.to_container(cfg, resolve=False)
-        missing = [key for key, value in flat(raw).items() if value == "???"]
-        raise ConfigError([not_set(key) for key in missing]) from error
+    except InterpolationToMissingValueError:
+        return _resolve_around_missing(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the configuration'}: {error.msg}") from error
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+def _resolve_around_missing(cfg: DictConfig) -> dict[str, Any]:
+    """Raises `ConfigError` for mandatory values that are missing, and for all else that is wrong."""
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    missing = [key for key, value in flat(raw).items() if value == "???"]
+    filled = OmegaConf.create(raw)
+    for key in missing:
+        OmegaConf.update(filled, key, "")
+    others: Any = OmegaConf.to_container(filled, resolve=True)
+    found: list[str] = []
+    try:
+        check(others)
+    except ConfigError as error:
+        found = [text for text in error.problems if not text.startswith(tuple(missing))]
+    raise ConfigError([*map(not_set, missing), *found])
 
 
 @contextlib.contextmanager

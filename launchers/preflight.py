@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -20,7 +21,13 @@ from atlas.run import ROOT
 LIMIT_S = 600.0  # a child that takes longer is ended, and its configurations count as not checked
 # What of a configuration decides whether a model can be built and fed, less what does not matter.
 SECTIONS = ("model", "data", "optim")
-WITHOUT = (("data", "workers"), ("optim", "lr"), ("optim", "scale_lr"), ("optim", "base_batch_size"))
+WITHOUT = (
+    ("data", "workers"),
+    ("optim", "lr"),
+    ("optim", "scale_lr"),
+    ("optim", "base_batch_size"),
+)
+MOST_FILES = 2000  # a folder that is no project, such as a home, is not read to its end
 LIBRARIES = ("torch", "hydra-core", "omegaconf", "numpy", "transformers")
 
 
@@ -57,29 +64,26 @@ def code_digest(folders: Sequence[Path]) -> str:
 
 
 def _sources(folder: Path) -> list[Path]:
-    command = ["git", "-C", str(folder), "ls-files", "-co", "--exclude-standard", "-z", "--", "*.py"]
+    listing = ["ls-files", "-co", "--exclude-standard", "-z", "--", "*.py"]
+    command = ["git", "-C", str(folder), *listing]
     try:
         done = subprocess.run(command, capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return sorted(folder.rglob("*.py"))
+        return sorted(itertools.islice(folder.rglob("*.py"), MOST_FILES))
     names = done.stdout.decode().split("\0")
     return [path for name in sorted(set(names)) if name and (path := folder / name).is_file()]
 
 
 def _own_folders() -> list[Path]:
     """The folders on `sys.path` that are neither Python's nor Atlas's: a person's own modules."""
-    roots = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), ROOT]
+    installed = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
     folders = [Path(entry).resolve() for entry in sys.path if entry and Path(entry).is_dir()]
     return [
         folder
         for folder in folders
-        if folder != ROOT
-        and (folder.is_relative_to(ROOT / "tests") or not _is_below(folder, roots))
+        if folder not in (ROOT, ROOT / "launchers" / "plugins")
+        and not any(folder.is_relative_to(root) for root in installed)
     ]
-
-
-def _is_below(folder: Path, roots: Sequence[Path]) -> bool:
-    return any(folder.is_relative_to(root) for root in roots)
 
 
 def _digest(code: str, config: Mapping[str, Any]) -> str:

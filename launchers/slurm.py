@@ -18,8 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from atlas import worker
-from atlas.config import COUNT, OPTIONAL_COUNT, Key, nearest
-from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, AtlasError, ConfigError, RunBusyError
+from atlas.config import COUNT, OPTIONAL_COUNT, Key
+from atlas.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    AtlasError,
+    ConfigError,
+    RunBusyError,
+    nearest,
+)
 from atlas.lock import guarded
 from atlas.run import ROOT, Run
 from launchers.base import Handle, Launcher
@@ -62,25 +71,32 @@ OWN = {
     "job-name": None,
 }
 # Any of these among the further parameters replaces the request for one GPU a rank.
-GPU_REQUESTS = ("gres", "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "tres-per-task")
+GPU_REQUESTS = (
+    "gres",
+    "gpus",
+    "gpus-per-node",
+    "gpus-per-task",
+    "gpus-per-socket",
+    "tres-per-task",
+)
 # What Slurm calls a job that is over. COMPLETING is not here: a job that is being requeued is so
 # called while its old processes end.
-ENDED = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED "
-    "TIMEOUT".split()
+ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
 )
 # Variables of an allocation that must not reach the jobs submitted from inside it.
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_", "TORCHELASTIC_")
-INHERITED_NAMES = frozenset(
-    "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT ATLAS_LAUNCHER "
-    "CUDA_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES GPU_DEVICE_ORDINAL".split()
+INHERITED_NAMES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ATLAS_LAUNCHER"),
 )
 CODES = {"finished": EXIT_DONE, "preempted": EXIT_STOPPED, "killed": EXIT_STOPPED}
 # Slurm sends the signal before a time limit up to a minute early (man sbatch, --signal).
 EARLY_S = 60.0
 POLL_S = 2.0
 QUERY_S = 60.0  # how long a query to the controller may take
-# The reserved ports below the range that Linux gives to outgoing connections (32768 and above).
+# Ports below the range that Linux gives to outgoing connections (32768 and above).
 FIRST_PORT, PORTS = 10_000, 20_000
 
 
@@ -89,9 +105,7 @@ class SlurmLauncher(Launcher):
 
     name = "slurm"
 
-    def __init__(
-        self, nodes: int, nproc_per_node: int | str, device: str, **settings: Any
-    ) -> None:
+    def __init__(self, nodes: int, nproc_per_node: int | str, device: str, **settings: Any) -> None:
         super().__init__(nodes, nproc_per_node, device)
         self._settings = {**dict.fromkeys(KEYS), **settings}
         self._settings["setup"] = list(settings.get("setup") or ())
@@ -302,8 +316,10 @@ class SlurmHandle(Handle):
                     return code
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            print(f"\nno longer waiting; job {self.job_id} goes on (scancel {self.job_id} stops it)")
-            raise SystemExit(130) from None
+            print(
+                f"\nno longer waiting; job {self.job_id} goes on (scancel {self.job_id} stops it)"
+            )
+            raise SystemExit(EXIT_INTERRUPTED) from None
 
     def cancel(self) -> None:
         subprocess.run(["scancel", self.job_id], check=False, timeout=QUERY_S)
@@ -522,10 +538,9 @@ def outside_allocation() -> Iterator[None]:
     """
     before = dict(os.environ)
     if "SLURM_JOB_ID" in before:
-        for name in before:
+        for name in {*before} - {"SLURM_CONF"}:
             if name in INHERITED_NAMES or name.startswith(INHERITED):
-                if name != "SLURM_CONF":
-                    del os.environ[name]
+                del os.environ[name]
     try:
         yield
     finally:
@@ -596,7 +611,7 @@ def _python() -> str:
 
     The signal ends a process that has no handler yet, and the job would count as failed.
     """
-    return f"sh -c 'trap \"\" USR2; exec \"$0\" \"$@\"' {shlex.quote(sys.executable)}"
+    return f'sh -c \'trap "" USR2; exec "$0" "$@"\' {shlex.quote(sys.executable)}'
 
 
 def _tested(script: str) -> str:
@@ -612,5 +627,7 @@ def _tested(script: str) -> str:
 
 def _sentence(error: object) -> str:
     """Slurm's messages in one line, less the name of the command."""
-    lines = (line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).split("\n"))
+    lines = (
+        line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).split("\n")
+    )
     return "; ".join(line.strip() for line in lines if line.strip())

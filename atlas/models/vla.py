@@ -18,12 +18,14 @@ class VLA(nn.Module):
 
     spec: what a data set says of itself (`train.spec`): `cameras`, `image_size`, `state_dim`,
     `history`, `action_dim`, `horizon`, `vocabulary`, `relative` and the training split's
-    `statistics`. The parts are factories that are called with the sizes that follow from it.
+    `statistics` (of `state`, `actions` and, where states have a history, `velocity`). The parts are factories that are called with the sizes that follow from it.
     Statistics are buffers, so a checkpoint's weights come with the units that they act in.
     """
 
     state_mean: Tensor  # [S]
     state_std: Tensor
+    velocity_mean: Tensor  # [S]; of the difference between neighbouring states
+    velocity_std: Tensor
     actions_mean: Tensor  # [A]; of actions less the last state, where the spec is relative
     actions_std: Tensor
 
@@ -50,10 +52,10 @@ class VLA(nn.Module):
         self.action_head: Any = action_head(
             width=self.fusion.width, horizon=spec["horizon"], action_dim=self.action_dim
         )
-        for name in ("state", "actions"):
+        still = {"mean": [0.0] * spec["state_dim"], "std": spec["statistics"]["state"]["std"]}
+        for name, moments in {"velocity": still, **spec["statistics"]}.items():
             mean, std = (
-                torch.tensor(list(spec["statistics"][name][key]), dtype=torch.float32)
-                for key in ("mean", "std")
+                torch.tensor(list(moments[key]), dtype=torch.float32) for key in ("mean", "std")
             )
             self.register_buffer(f"{name}_mean", mean)
             # What never moved in training is left in its own unit: there is no scale to tell.
@@ -105,14 +107,10 @@ class VLA(nn.Module):
         """[B, K * S]: the last state and the changes that led to it, each in its own scale.
 
         Neighbouring states differ by little of the range that all states span, so that a network
-        would hardly see from normalised states how fast the robot moves. Relative actions are
-        such differences, and have their scale.
+        would hardly see from normalised states how fast the robot moves.
         """
         last = (state[:, -1] - self.state_mean) / self.state_std
-        scale = self.state_std
-        if self.relative:
-            scale = torch.cat([self.actions_std, self.state_std[self.action_dim :]])
-        changes = (state[:, 1:] - state[:, :-1]) / scale
+        changes = (state.diff(dim=1) - self.velocity_mean) / self.velocity_std
         return torch.cat([last, changes.flatten(1)], dim=1)
 
 

@@ -63,6 +63,8 @@ class Checkpoints:
             path = self.folder / old.name.removeprefix(".old-")
             if not path.exists() and _intact(old):
                 old.rename(path)
+        for half_done in (*self.folder.glob(".old-*"), *self.folder.glob(".tmp-*")):
+            shutil.rmtree(half_done)
         for path in reversed(self.steps()):
             if _intact(path):
                 return
@@ -109,6 +111,7 @@ class Checkpoints:
             if path.name not in kept and path.name != f"{best or 0:08d}":
                 # Renamed first: a folder that is half removed must not look like a checkpoint.
                 gone = path.with_name(f".old-{path.name}")
+                shutil.rmtree(gone, ignore_errors=True)
                 path.rename(gone)
                 shutil.rmtree(gone)
 

@@ -27,6 +27,7 @@ class Sums:
         self.loss: Number = 0.0
         self.weight: Number = 0.0
         self.others: dict[str, Number] = {}
+        self._same_everywhere = True  # no weight was given, so every rank has the same
 
     def add(self, out: Mapping[str, Any]) -> torch.Tensor:
         """Take in what the model returned; gives the tensor to call `backward` on."""
@@ -35,6 +36,7 @@ class Sums:
         total = loss if weight is None else loss * weight
         self.loss = self.loss + total.detach()
         self.weight = self.weight + (1.0 if weight is None else weight)
+        self._same_everywhere &= weight is None
         if self.detailed:
             for name, value in scalars(out).items():
                 self.others[name] = self.others.get(name, 0.0) + value * (
@@ -46,15 +48,15 @@ class Sums:
         """Add up what every rank has summed; a constant weight needs no communication."""
         if world.size == 1:
             return
-        if not isinstance(self.weight, torch.Tensor) and not self.detailed:
+        if self._same_everywhere and not self.detailed:
             self.weight *= world.size
             return
         names = sorted(self.others)
         values = [self.loss, self.weight, *(self.others[name] for name in names)]
         packed = torch.stack([as_tensor(v, world.device) for v in values])
         world.sum(packed)
-        self.loss, weight = packed[0], packed[1]
-        self.weight = weight if isinstance(self.weight, torch.Tensor) else self.weight * world.size
+        self.loss = packed[0]
+        self.weight = self.weight * world.size if self._same_everywhere else packed[1]
         self.others = dict(zip(names, packed[2:], strict=True))
 
     def means(self) -> dict[str, Number]:

@@ -64,6 +64,7 @@ def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
         decay = config["trainer"]["ema"]
         state, ema = restore(config, parts, checkpoints, decay)
         if world.is_main:
+            checkpoints.point_best(state.best["step"] if state.best else None)
             checkpoints.save_frozen(frozen_state(parts))
         return fit(run, lock, stop, config, world, parts, checkpoints, state, ema)
     finally:
@@ -134,7 +135,6 @@ def restore(
     ema = Ema(parts.model, decay) if decay else None
     if ema:
         ema.load_state_dict(saved["ema"])
-    checkpoints.point_best(saved["best"]["step"] if saved["best"] else None)
     log.info("going on from step %d", saved["step"])
     names = ("step", "best", "worse", "validated")
     return TrainState(**{name: saved[name] for name in names}), ema

@@ -143,18 +143,14 @@ class Optimizer:
     def step(self, good: torch.Tensor | None) -> None:
         """Update the weights, unless the flag `good` on the device says that the gradient is bad.
 
-        None: the caller has looked already. The flag is never read here, which would wait for the
-        device: fused optimizers skip the update by it, for others the gradient becomes zero.
+        None: the caller has looked already. Fused optimizers skip a bad update on the device;
+        the flag is read here only for others, which waits for the device once an update.
         """
-        if good is not None:
-            bad = (~good).to(torch.float32)
-            if self._accepts_found_inf:
-                self.inner.found_inf = bad  # type: ignore[attr-defined]
-                self.inner.grad_scale = None  # type: ignore[attr-defined]
-            else:
-                for gradient in self.gradients():
-                    gradient.masked_fill_(~good, 0.0)
-        self.inner.step()
+        if good is not None and self._accepts_found_inf:
+            self.inner.found_inf = (~good).to(torch.float32)  # type: ignore[attr-defined]
+            self.inner.grad_scale = None  # type: ignore[attr-defined]
+        if good is None or self._accepts_found_inf or bool(good):
+            self.inner.step()
         for parameter in self.parameters:
             parameter.grad = None
 

@@ -6,6 +6,7 @@ import torch. Reads `{"sys_path", "world_size", "configs"}` as JSON and writes a
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -120,34 +121,49 @@ def _try_batches(
     data: tuple[Any, Any | None],
     report: Report,
 ) -> None:
+    """A batch of each data set through `model`; with real weights where it needs them."""
     for key, dataset, training in (("data.train", data[0], True), ("data.val", data[1], False)):
         if dataset is None:
             continue
-        batch = report.attempt(key, lambda d=dataset: _batch(d, config))
+        batch = report.attempt(key, functools.partial(_batch, dataset, config))
         if batch is None:
             continue
-        model.train(training)
         what = f"model on a batch of {key}"
-        try:
-            _loss(model(to_device(batch, META) if _is_meta(model) else batch))
-        except ConfigError as error:
-            report.problems += error.problems
-        except Exception as error:
-            if not _is_meta(model):
-                report.enter(what, error)
+        if _is_meta(model):
+            trial = _try_on_meta(model.train(training), batch)
+            if trial is None:
                 continue
-            size = sum(p.numel() * p.element_size() for p in model.parameters())
-            if size > room():
-                report.unchecked.append(
-                    f"{what}: {_first_line(error)} (without weights), and {size / 1e9:.1f} GB of "
-                    "them are too much to try with on this machine"
-                )
+            if real := _with_weights(config, spec, model, f"{what}: {trial}", report):
+                model = real
+            else:
                 return
-            real = report.attempt("model", lambda: build_model(config, spec))
-            if real is None:
-                return
-            model = real.train(training)
-            report.attempt(what, lambda m=model, b=batch: _loss(m(b)))
+        report.attempt(what, functools.partial(_forward, model.train(training), batch))
+
+
+def _try_on_meta(model: nn.Module, batch: Any) -> str | None:
+    """What went wrong without weights; None where nothing did."""
+    try:
+        _forward(model, to_device(batch, META))
+    except Exception as error:
+        return _first_line(error)
+    return None
+
+
+def _with_weights(
+    config: Mapping[str, Any], spec: Any, model: nn.Module, why: str, report: Report
+) -> nn.Module | None:
+    """The model with its weights, unless they are too much for a machine that many people use."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if size <= room():
+        return report.attempt("model", lambda: build_model(config, spec))
+    report.unchecked.append(
+        f"{why} (without weights), and {size / 1e9:.1f} GB of them are too much to try with here"
+    )
+    return None
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    _loss(model(batch))
 
 
 def _batch(dataset: Any, config: Mapping[str, Any]) -> Any:

@@ -35,8 +35,12 @@ class Order:
         epoch, offset = divmod(start, self.length)
         if offset + count <= self.length:
             return self._of_epoch(epoch)[offset : offset + count]
-        head = self._of_epoch(epoch)[offset:]
-        return np.concatenate([head, self.ids((epoch + 1) * self.length, count - len(head))])
+        pieces = []
+        while count > 0:
+            piece = self._of_epoch(epoch)[offset : offset + count]
+            pieces.append(piece)
+            epoch, offset, count = epoch + 1, 0, count - len(piece)
+        return np.concatenate(pieces)
 
     def _of_epoch(self, epoch: int) -> Ids:
         if epoch != self._epoch:

@@ -1,0 +1,69 @@
+"""Runs on the test cluster as a person starts them, and what Slurm says of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+from commands import only_run, quick, status, train
+
+TIMEOUT_S = 120.0
+
+
+def slurm(*command: str, code: int | None = 0) -> str:
+    """The output of one of Slurm's commands."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert code is None or done.returncode == code, (command, done.stdout, done.stderr)
+    return done.stdout.strip()
+
+
+def arguments(outputs: Path, *more: str, ranks: int = 2) -> list[str]:
+    """The quick run as a job of CPU processes."""
+    cluster = ("cluster=slurm", "cluster.device=cpu", "cluster.preflight=light")
+    return quick(outputs, *cluster, f"cluster.nproc_per_node={ranks}", *more)
+
+
+def submit(outputs: Path, *more: str, ranks: int = 2, **environment: str) -> tuple[Path, str]:
+    """The run's directory and the id of its job."""
+    done = train(*arguments(outputs, *more, ranks=ranks), **environment)
+    return only_run(outputs), job_of(done.stdout)
+
+
+def job_of(printed: str) -> str:
+    found = re.search(r"^job (\d+) is in", printed, re.MULTILINE)
+    assert found, printed
+    return found[1]
+
+
+def field(job: str, name: str) -> str:
+    """One field of `scontrol show job`."""
+    found = re.search(rf"\b{name}=(\S*)", slurm("scontrol", "show", "job", job))
+    assert found, name
+    return found[1]
+
+
+def ended(job: str, timeout: float = TIMEOUT_S) -> tuple[str, str]:
+    """Wait for the end of a job: its state and its exit code, such as `COMPLETED` and `0:0`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        state = field(job, "JobState")
+        if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "NODE_FAIL"):
+            return state, field(job, "ExitCode")
+        time.sleep(0.3)
+    raise AssertionError(
+        f"job {job} is {field(job, 'JobState')} after {timeout} s\n{slurm('squeue')}"
+    )
+
+
+def log(run: Path, job: str, rank: int = 0, submission: int = 1) -> str:
+    """What a rank has printed."""
+    return (run / "slurm" / str(submission) / f"{job}_{rank}_log.out").read_text()
+
+
+def finished(run: Path, job: str, timeout: float = TIMEOUT_S) -> None:
+    """Wait for the job, which has to end well."""
+    state = ended(job, timeout)
+    assert state == ("COMPLETED", "0:0"), (state, log(run, job))
+    assert status(run)["state"] == "finished"

@@ -1,0 +1,319 @@
+"""Jobs on one node of a real Slurm: submitted, preempted, cancelled, broken, sent again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import (
+    OWN,
+    ROOT,
+    command,
+    environment,
+    lines,
+    only_run,
+    points,
+    quick,
+    same,
+    status,
+    train,
+    wait_for_step,
+    weights,
+)
+from hydra import compose, initialize_config_dir
+from jobs import arguments, ended, field, finished, job_of, log, slurm, submit
+
+from atlas.errors import RunBusyError
+from atlas.run import Command, Run
+from launchers.launch import resolve
+from launchers.slurm import SlurmLauncher, job_state
+
+pytestmark = pytest.mark.usefixtures("one_node")
+SLOW = ("model.pause=0.1", "trainer.save_interval=null")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Two ranks on this machine, without Slurm, to which nothing happens."""
+    outputs = tmp_path_factory.mktemp("undisturbed")
+    train(*quick(outputs, "cluster.device=cpu", "cluster.nproc_per_node=2"))
+    return only_run(outputs)
+
+
+def assert_twins(one: Path, other: Path) -> None:
+    assert points(one) == points(other)
+    assert lines(one / "samples.jsonl") == lines(other / "samples.jsonl")
+    assert same(weights(one), weights(other))
+
+
+def process_of(job: str, rank: int) -> int:
+    """The process of one rank, found by the variables that Slurm gave it."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            given = set((folder / "environ").read_bytes().split(b"\0"))
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if wanted <= given and b"submitit.core._submit" in words and b"sh" not in words:
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank} of job {job}")
+
+
+def test_two_ranks_end_as_they_do_without_slurm(tmp_path, undisturbed):
+    run, job = submit(tmp_path)
+    first = status(run)
+    assert first["launcher"] == "slurm" and first["job_id"] == job
+    assert first["state"] in ("queued", "running")
+    finished(run, job)
+    assert_twins(run, undisturbed)
+    assert status(run)["job_id"] == job and status(run)["restarts"] == 0
+    assert "is finished" in train(*arguments(tmp_path)).stdout
+
+
+def test_submitting_does_not_import_torch(tmp_path):
+    probe = (
+        "import runpy, sys, atexit; atexit.register(lambda: print('torch' in sys.modules, "
+        "'mlflow' in sys.modules)); sys.argv[0] = 'train.py'; "
+        "runpy.run_path('train.py', run_name='__main__')"
+    )
+    given = arguments(tmp_path, "+cluster.sbatch.begin=now+1hour")
+    done = subprocess.run(
+        [sys.executable, "-c", probe, *given],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+    )
+    assert done.stdout.splitlines()[-1] == "False False", done.stdout + done.stderr
+    slurm("scancel", job_of(done.stdout))
+
+
+def test_preempted_and_requeued_to_the_same_end(tmp_path, undisturbed):
+    run, job = submit(tmp_path, *SLOW)
+    wait_for_step(tmp_path, 8)
+    # What a kill in the middle of an earlier requeue would have left.
+    (run / "slurm" / "1" / f"{job}_submitted.pkl.save_tmp").touch()
+    slurm("scancel", "--signal=USR2", job)
+    deadline = time.monotonic() + 60
+    while status(run)["state"] != "preempted" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped = status(run)
+    assert stopped["state"] == "preempted" and 8 <= stopped["step"] < 24, log(run, job)
+    assert (run / "checkpoints" / f"{stopped['step']:08d}").exists()
+    finished(run, job)
+    assert field(job, "Restarts") == "1"
+    assert status(run)["restarts"] == 1
+    assert "back in the queue" in log(run, job)
+    assert_twins(run, undisturbed)
+
+
+def test_scancel_saves_and_does_not_requeue(tmp_path, undisturbed):
+    run, job = submit(tmp_path, *SLOW)
+    wait_for_step(tmp_path, 8)
+    slurm("scancel", job)
+    assert ended(job)[0] == "CANCELLED"
+    stopped = status(run)
+    assert stopped["state"] == "killed" and stopped["reason"] == "stopped by SIGTERM"
+    assert (run / "checkpoints" / f"{stopped['step']:08d}").exists()
+    assert field(job, "Restarts") == "0"
+    # The same command goes on, as another job with a folder of its own.
+    done = train(*arguments(tmp_path, *SLOW))
+    again = job_of(done.stdout)
+    assert again != job and (run / "slurm" / "2").is_dir()
+    finished(run, again)
+    assert status(run)["restarts"] == 1
+    assert_twins(run, undisturbed)
+
+
+def test_array_of_six(tmp_path):
+    launcher, runs = runs_of_array(tmp_path, 6)
+    handles = launcher.submit(runs)
+    main = {handle.job_id.partition("_")[0] for handle in handles}
+    assert len(main) == 1
+    assert [handle.job_id.partition("_")[2] for handle in handles] == list("012345")
+    assert len({handle.describe() for handle in handles}) == 1
+    assert field(main.pop(), "ArrayTaskThrottle") == "3"
+    assert [handle.wait() for handle in handles] == [0] * 6
+    for run, handle in zip(runs, handles, strict=True):
+        assert run.status["state"] == "finished" and run.status["job_id"] == handle.job_id
+        assert (run.path / "slurm" / "1" / f"{handle.job_id}_1_log.out").exists()
+    ends = {str(weights(run.path)["model"]["encoder.bias"].tolist()) for run in runs}
+    assert len(ends) == 6
+
+
+def test_arrays_stay_below_the_cluster_s_limit(tmp_path, monkeypatch):
+    launcher, runs = runs_of_array(tmp_path, 5, "+cluster.sbatch.begin=now+1hour")
+    assert __import__("launchers.slurm").slurm.array_limit() == 1001
+    monkeypatch.setattr("launchers.slurm.array_limit", lambda: 2)
+    handles = launcher.submit(runs)
+    mains = [handle.job_id.partition("_")[0] for handle in handles]
+    assert mains[0] == mains[1] != mains[2] == mains[3] != mains[4]
+    assert "_" not in handles[4].job_id
+    try:
+        assert all(launcher.is_at_work(run) for run in runs)
+        with pytest.raises(RunBusyError, match=f"job {handles[1].job_id} .*PENDING"):
+            launcher.submit(runs)
+    finally:
+        for handle in handles:
+            handle.cancel()
+    assert all(job_state(handle.job_id) in ("CANCELLED", None) for handle in handles)
+
+
+def runs_of_array(outputs: Path, count: int, *more: str) -> tuple[SlurmLauncher, list[Run]]:
+    """A launcher and created runs that differ in their seed, as a sweep hands them over."""
+    runs = []
+    given = [
+        a for a in arguments(outputs, *more, "trainer.steps=4", "schedule.warmup=1") if a[0] != "-"
+    ]
+    for seed in range(count):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            overrides = [*given, f"seed={seed}", f"hydra.searchpath=[file://{OWN}]"]
+            config = resolve(compose("config", [*overrides, "cluster.array_parallelism=3"]))
+        cluster = {k: v for k, v in config["cluster"].items() if k != "_target_"}
+        launcher = SlurmLauncher(**cluster)
+        launcher.check()
+        runs.append(Run.plan(config, launcher.world_size))
+        runs[-1].create(config, launcher.world_size, Command([], [str(OWN)]))
+    return launcher, runs
+
+
+def test_sent_again_while_queued_is_refused(tmp_path):
+    later = "+cluster.sbatch.begin=now+1hour"
+    run, job = submit(tmp_path, later)
+    for more in ((), ("fresh=true",), (f"resume={run.name}",)):
+        given = ["cluster=slurm", "cluster.device=cpu", "cluster.nproc_per_node=2", *more]
+        given = given if "resume" in str(more) else arguments(tmp_path, *more)
+        refused = train(*given, f"outputs={tmp_path}", code=1)
+        assert f"job {job} on Slurm already (PENDING)" in refused.stderr
+    assert only_run(tmp_path) == run
+    slurm("scancel", job)
+    # The job is gone and the run has never begun: now it is sent.
+    assert status(run)["state"] == "queued"
+    again = job_of(train(*arguments(tmp_path)).stdout)
+    assert again != job
+    finished(run, again)
+
+
+def test_a_rank_that_dies_fails_the_job(tmp_path):
+    run, job = submit(tmp_path, *SLOW)
+    after = slurm(
+        "sbatch", "--parsable", f"--dependency=afterok:{job}", "--wrap=true", "-o/dev/null"
+    )
+    wait_for_step(tmp_path, 8)
+    os.kill(process_of(job, 1), signal.SIGKILL)
+    state, code = ended(job)
+    assert state == "FAILED" and code not in ("0:0", "75:0")
+    assert field(after, "Reason").startswith("DependencyNeverSatisfied")
+    slurm("scancel", after)
+    assert "task 1" in log(run, job) and "Killed" in log(run, job)
+    assert status(run)["state"] == "failed"
+
+
+def test_an_error_in_one_rank_is_the_reason_that_is_told(tmp_path):
+    # Sample 7 is NaN; whichever rank reads it, all of them see the loss of all.
+    run, job = submit(tmp_path, "data.train.bad=7")
+    state, code = ended(job)
+    assert (state, code) == ("FAILED", "1:0")
+    assert "NaN or infinite" in log(run, job)
+    assert status(run)["state"] == "failed" and "NaN or infinite" in status(run)["reason"]
+
+
+def test_submitted_from_inside_a_job(tmp_path):
+    inner = " ".join(f"'{word}'" for word in command(*arguments(tmp_path / "inner")))
+    script = tmp_path / "outer.sh"
+    # What an allocation leaves in the environment, and would be options of the inner job.
+    script.write_text(
+        "#!/bin/bash\nexport SBATCH_TIMELIMIT=nonsense SLURM_CPU_BIND=map_cpu:0 SLURM_NTASKS=5 "
+        f"RANK=3 MASTER_ADDR=nowhere\nexec {inner}\n"
+    )
+    options = ("--ntasks=3", "-o", str(tmp_path / "outer.out"))
+    outer = slurm("sbatch", "--parsable", *options, str(script))
+    assert ended(outer) == ("COMPLETED", "0:0"), (tmp_path / "outer.out").read_text()
+    job = job_of((tmp_path / "outer.out").read_text())
+    run = only_run(tmp_path / "inner")
+    finished(run, job)
+    assert status(run)["world_size"] == 2
+
+
+def test_without_accounting(tmp_path):
+    shims = tmp_path / "shims"
+    shims.mkdir()
+    (shims / "sacct").write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nexit 1\n")
+    (shims / "sacct").chmod(0o755)
+    path = f"{shims}:{os.environ['PATH']}"
+    done = train(*arguments(tmp_path / "good", "cluster.wait=true"), PATH=path)
+    assert status(only_run(tmp_path / "good"))["state"] == "finished", done.stdout
+    bad = ("cluster.wait=true", "data.train.bad=7")
+    train(*arguments(tmp_path / "bad", *bad), PATH=path, code=1)
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_wrong_multiplier_is_refused_before_sbatch(tmp_path):
+    before = slurm("scontrol", "show", "job", "-o").count("JobId=")
+    full = ("cluster.preflight=full", "+optim.lr_multipliers.encoderr=0")
+    refused = train(*arguments(tmp_path, *full), code=1)
+    assert "optim.lr_multipliers.encoderr matches no parameter" in refused.stderr
+    assert "did you mean 'encoder'?" in refused.stderr
+    assert not list(tmp_path.glob("*/*/config.yaml"))
+    assert slurm("scontrol", "show", "job", "-o").count("JobId=") == before
+
+
+def test_what_slurm_refuses_is_told_in_its_words(tmp_path):
+    refused = train(*arguments(tmp_path, "cluster.partition=nowhere"), code=1)
+    assert "sbatch refused" in refused.stderr and "invalid partition" in refused.stderr
+
+
+@pytest.mark.slow
+def test_eight_ranks(tmp_path):
+    run, job = submit(tmp_path, ranks=8)
+    finished(run, job, timeout=240)
+    train(*quick(tmp_path / "local", "cluster.device=cpu", "cluster.nproc_per_node=8"))
+    assert_twins(run, only_run(tmp_path / "local"))
+
+
+@pytest.mark.slow
+def test_a_time_limit_requeues_as_often_as_allowed(tmp_path, undisturbed):
+    # Slurm sends the signal 20 to 50 s before the end of its shortest limit, a minute.
+    slow = ("model.pause=1.2", "trainer.save_interval=null")
+    limit = ("cluster.timeout_min=1", "cluster.signal_delay_s=20", "cluster.max_requeues=1")
+    run, job = submit(tmp_path, *slow, *limit)
+    state, code = ended(job, timeout=240)
+    text = log(run, job)
+    assert "time limit: saved and back in the queue" in text
+    if status(run)["state"] != "finished":  # the second attempt met the limit too
+        assert (state, code) == ("FAILED", "75:0")
+        assert "max_requeues are used up" in status(run)["reason"]
+        done = train(*arguments(tmp_path, *slow, *limit, "cluster.timeout_min=10"))
+        finished(run, job_of(done.stdout))
+    assert_twins(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_preempted_by_a_job_of_a_higher_partition(tmp_path, undisturbed):
+    run, job = submit(tmp_path, *SLOW, "+cluster.sbatch.exclusive=true")
+    wait_for_step(tmp_path, 8)
+    urgent = slurm(
+        "sbatch", "--parsable", "-p", "urgent", "--exclusive", "-o/dev/null", "--wrap=sleep 5"
+    )
+    finished(run, job, timeout=240)
+    assert field(urgent, "JobState") == "COMPLETED"
+    assert field(job, "Restarts") == "1"
+    assert status(run)["restarts"] == 1
+    assert_twins(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_job_waits_for_the_last_metrics(tmp_path):
+    import json
+
+    run, job = submit(tmp_path, "tracking=mlflow", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    finished(run, job, timeout=240)
+    sent = json.loads((run / "mlflow.json").read_text())
+    assert sent["offset"] == (run / "metrics.jsonl").stat().st_size
+    assert status(run)["mlflow_run_id"] == sent["run_id"]
