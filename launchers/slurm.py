@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -95,6 +96,9 @@ CODES = {"finished": EXIT_DONE, "preempted": EXIT_STOPPED, "killed": EXIT_STOPPE
 # Slurm sends the signal before a time limit up to a minute early (man sbatch, --signal).
 EARLY_S = 60.0
 POLL_S = 2.0
+# How gloo and NCCL say that another rank is gone, and how long srun may take to say which and why.
+PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process", "watchdog")
+SRUN_S = 3.0
 QUERY_S = 60.0  # how long a query to the controller may take
 # Ports below the range that Linux gives to outgoing connections (32768 and above).
 FIRST_PORT, PORTS = 10_000, 20_000
@@ -386,20 +390,41 @@ class Task:
 
 
 def settle(run: Run, code: int, handler: Any) -> None:
-    """Rank 0's last act: requeue a preempted job, tell of another rank's failure."""
-    status = run.status
-    if code == EXIT_FAILED and (failure := run.failure) and failure["rank"]:
-        reason = f"rank {failure['rank']} on {failure['host']}: {failure['reason']}"
-        print(f"the first rank to fail was rank {failure['rank']} on {failure['host']}:")
-        print(failure["traceback"] or failure["message"], flush=True)
-        if status.get("state") == "failed":
-            run.update_status(reason=reason)
-    if code != EXIT_STOPPED or handler is None:
+    """Rank 0's last act: say which rank failed first, requeue a preempted job."""
+    if handler is None:
         return
-    if status["state"] == "preempted" or (status["state"] == "killed" and is_preempted()):
+    state = run.status.get("state")
+    if code == EXIT_FAILED and state == "failed":
+        if reason := _first_failure(run, handler._job_paths.stdout):
+            run.update_status(reason=reason)
+    if code != EXIT_STOPPED:
+        return
+    if state == "preempted" or (state == "killed" and is_preempted()):
         told = requeue(handler, is_out_of_time(run))
         print(told, flush=True)
         run.update_status(state="preempted", reason=told)
+
+
+def _first_failure(run: Run, log: Path) -> str | None:
+    """Why the run failed, where rank 0 itself only saw that another rank was gone."""
+    failure = run.failure
+    if failure and failure["rank"]:
+        where = f"rank {failure['rank']} on {failure['host']}"
+        print(f"the first to fail was {where}:\n{failure['traceback'] or failure['message']}")
+        return f"{where}: {failure['reason']}"
+    if not failure or not any(word in failure["reason"] for word in PEER_GONE):
+        return None
+    deadline = time.monotonic() + SRUN_S
+    while (word := _srun_says(log)) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return word and f"{word} ({failure['reason']})"
+
+
+def _srun_says(log: Path) -> str | None:
+    """srun's word on the first task that ended badly in this attempt, such as `n1: task 1: Killed`."""
+    attempt = log.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
+    found = re.search(r"^srun: error: (\S+: tasks? .*)$", attempt, re.MULTILINE)
+    return found and found[1]
 
 
 def requeue(handler: Any, timed_out: bool) -> str:

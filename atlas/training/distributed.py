@@ -54,6 +54,10 @@ def init(device: str) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     where = choose_device(device, local_rank)
+    if where.type == "cpu" and size == 1 and "OMP_NUM_THREADS" not in os.environ:
+        # A core is left to the shipper and the data: threads that wait for each other's turn on a
+        # core that is taken are many times slower than one thread fewer.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
     group = None
     if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         timeout = datetime.timedelta(minutes=30)

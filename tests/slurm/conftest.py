@@ -6,8 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,18 +50,3 @@ def one_node() -> None:
 def two_nodes() -> None:
     """Slurm with the nodes n1 and n2, each with an address of its own."""
     start(2)
-
-
-@pytest.fixture
-def until() -> Callable[..., object]:
-    """Wait until a question has an answer that counts as true, and return it."""
-
-    def wait(question: Callable[[], object], what: str, timeout: float = 90.0) -> object:
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if answer := question():
-                return answer
-            time.sleep(0.2)
-        raise AssertionError(f"{what}: not after {timeout:.0f} s")
-
-    return wait

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from commands import only_run, quick, status, train
 
@@ -44,17 +46,21 @@ def field(job: str, name: str) -> str:
     return found[1]
 
 
-def ended(job: str, timeout: float = TIMEOUT_S) -> tuple[str, str]:
-    """Wait for the end of a job: its state and its exit code, such as `COMPLETED` and `0:0`."""
+def until(question: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
+    """Ask until the answer counts as true, and return it."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        state = field(job, "JobState")
-        if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "NODE_FAIL"):
-            return state, field(job, "ExitCode")
-        time.sleep(0.3)
-    raise AssertionError(
-        f"job {job} is {field(job, 'JobState')} after {timeout} s\n{slurm('squeue')}"
-    )
+        if answer := question():
+            return answer
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not after {timeout:.0f} s\n{slurm('squeue')}")
+
+
+def ended(job: str, timeout: float = TIMEOUT_S) -> tuple[str, str]:
+    """Wait for the end of a job: its state and its exit code, such as `COMPLETED` and `0:0`."""
+    going_on = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "NODE_FAIL", "PREEMPTED")
+    until(lambda: field(job, "JobState") not in going_on, f"the end of job {job}", timeout)
+    return field(job, "JobState"), field(job, "ExitCode")
 
 
 def log(run: Path, job: str, rank: int = 0, submission: int = 1) -> str:

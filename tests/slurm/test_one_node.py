@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,12 @@ from commands import (
     weights,
 )
 from hydra import compose, initialize_config_dir
-from jobs import arguments, ended, field, finished, job_of, log, slurm, submit
+from jobs import arguments, ended, field, finished, job_of, log, slurm, submit, until
 
 from atlas.errors import RunBusyError
 from atlas.run import Command, Run
 from launchers.launch import resolve
-from launchers.slurm import SlurmLauncher, job_state
+from launchers.slurm import SlurmLauncher, array_limit, job_state
 
 pytestmark = pytest.mark.usefixtures("one_node")
 SLOW = ("model.pause=0.1", "trainer.save_interval=null")
@@ -100,9 +99,7 @@ def test_preempted_and_requeued_to_the_same_end(tmp_path, undisturbed):
     # What a kill in the middle of an earlier requeue would have left.
     (run / "slurm" / "1" / f"{job}_submitted.pkl.save_tmp").touch()
     slurm("scancel", "--signal=USR2", job)
-    deadline = time.monotonic() + 60
-    while status(run)["state"] != "preempted" and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: status(run)["state"] == "preempted", "the run is preempted")
     stopped = status(run)
     assert stopped["state"] == "preempted" and 8 <= stopped["step"] < 24, log(run, job)
     assert (run / "checkpoints" / f"{stopped['step']:08d}").exists()
@@ -149,7 +146,7 @@ def test_array_of_six(tmp_path):
 
 def test_arrays_stay_below_the_cluster_s_limit(tmp_path, monkeypatch):
     launcher, runs = runs_of_array(tmp_path, 5, "+cluster.sbatch.begin=now+1hour")
-    assert __import__("launchers.slurm").slurm.array_limit() == 1001
+    assert array_limit() == 1001
     monkeypatch.setattr("launchers.slurm.array_limit", lambda: 2)
     handles = launcher.submit(runs)
     mains = [handle.job_id.partition("_")[0] for handle in handles]
@@ -209,17 +206,28 @@ def test_a_rank_that_dies_fails_the_job(tmp_path):
     os.kill(process_of(job, 1), signal.SIGKILL)
     state, code = ended(job)
     assert state == "FAILED" and code not in ("0:0", "75:0")
-    assert field(after, "Reason").startswith("DependencyNeverSatisfied")
+    never = "DependencyNeverSatisfied"
+    until(lambda: field(after, "Reason") == never, "the dependant is given up")
     slurm("scancel", after)
     assert "task 1" in log(run, job) and "Killed" in log(run, job)
     assert status(run)["state"] == "failed"
+    assert "task 1: Killed" in status(run)["reason"]
 
 
 def test_an_error_in_one_rank_is_the_reason_that_is_told(tmp_path):
-    # Sample 7 is NaN; whichever rank reads it, all of them see the loss of all.
-    run, job = submit(tmp_path, "data.train.bad=7")
-    state, code = ended(job)
-    assert (state, code) == ("FAILED", "1:0")
+    brittle = ("data.train._target_=parts.Brittle", *SLOW)
+    run, job = submit(tmp_path, *brittle, PYTHONPATH=str(Path(__file__).parent))
+    assert ended(job) == ("FAILED", "1:0")
+    assert "RuntimeError: sample 7 cannot be read" in log(run, job, rank=0)
+    assert "Traceback" in log(run, job, rank=1)
+    stopped = status(run)
+    assert stopped["state"] == "failed"
+    assert stopped["reason"].startswith("rank 1 on ") and "sample 7" in stopped["reason"]
+
+
+def test_an_error_in_all_ranks_ends_the_job(tmp_path):
+    run, job = submit(tmp_path, "+data.train.bad=7")
+    assert ended(job) == ("FAILED", "1:0")
     assert "NaN or infinite" in log(run, job)
     assert status(run)["state"] == "failed" and "NaN or infinite" in status(run)["reason"]
 
@@ -249,8 +257,9 @@ def test_without_accounting(tmp_path):
     path = f"{shims}:{os.environ['PATH']}"
     done = train(*arguments(tmp_path / "good", "cluster.wait=true"), PATH=path)
     assert status(only_run(tmp_path / "good"))["state"] == "finished", done.stdout
-    bad = ("cluster.wait=true", "data.train.bad=7")
+    bad = ("cluster.wait=true", "+data.train.bad=7")
     train(*arguments(tmp_path / "bad", *bad), PATH=path, code=1)
+    assert status(only_run(tmp_path / "bad"))["state"] == "failed"
     assert not (tmp_path / "asked").exists()
 
 
