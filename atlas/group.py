@@ -62,6 +62,18 @@ class Group:
         folder = self.file.parent.parent
         return [(Run(folder / name), swept) for name, swept in self.members.items()]
 
+    def states(self) -> dict[str, int]:
+        """How many runs are in which state."""
+        counted: dict[str, int] = {}
+        for run, _ in self.runs():
+            counted[run.state or "unknown"] = counted.get(run.state or "unknown", 0) + 1
+        return counted
+
+    def scores(self) -> dict[str, float]:
+        """The objective of every run that has one, by id."""
+        values = {run.id: score(run, self.objective) for run, _ in self.runs()}
+        return {name: value for name, value in values.items() if value is not None}
+
     def table(self) -> str:
         """All runs sorted by the objective, and below them every failure with its error and log."""
         rows, failures = [], []

@@ -193,6 +193,7 @@ class Run:
             "id": self.id,
             "world_size": world_size,
             "overrides": list(command.overrides),
+            "sweep": command.sweep,
             "command": command.line,
             "sys_path": list(command.sys_path),
             "code": command.code,
@@ -232,6 +233,7 @@ class Command:
 
     def __init__(self, overrides: Sequence[str], sys_path: Sequence[str] = ()) -> None:
         self.overrides = list(overrides)
+        self.sweep: str | None = None  # id of the sweep that the run is part of
         self.sys_path = [str(Path(entry).absolute()) for entry in sys_path]
         self.line = shlex.join(["python", *sys.orig_argv[1:]])
         self.code = code_state(Path(self.sys_path[0]) if self.sys_path else ROOT)

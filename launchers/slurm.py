@@ -347,14 +347,13 @@ class SlurmHandle(Handle):
 
     def _code(self) -> int | None:
         """The exit code, None while the job can still do something."""
-        state = self.run.status.get("state")
-        if state in ("finished", "failed"):
-            return CODES.get(state, EXIT_FAILED)
         with contextlib.suppress(AtlasError):  # a controller that is away for a while
             now = job_state(self.job_id)
-            if now is None or now in ENDED:
-                # Asked again: the run can have ended between the two questions.
-                return CODES.get(str(self.run.status.get("state")), EXIT_FAILED)
+            # Read after the question: the run can have ended before it.
+            state = self.run.status.get("state")
+            over = now == "COMPLETING" and state in ("finished", "failed")
+            if now is None or now in ENDED or over:
+                return CODES.get(str(state), EXIT_FAILED)
         return None
 
 
@@ -395,7 +394,8 @@ def settle(run: Run, code: int, handler: Any) -> None:
         return
     state = run.status.get("state")
     if code == EXIT_FAILED and state == "failed":
-        if reason := _first_failure(run, handler._job_paths.stdout):
+        reason = _first_failure(run, handler._job_paths.stdout)
+        if reason and run.status["state"] == "failed":  # and not sent again in the meantime
             run.update_status(reason=reason)
     if code != EXIT_STOPPED:
         return
@@ -583,9 +583,9 @@ def _job_of(run: Run, jobs: Mapping[str, tuple[str, str]]) -> str | None:
         return None
     status = run.status
     state, script = jobs.get(str(status["job_id"]), ("", ""))
-    if not state or state in ENDED:
+    if not state or state in ENDED or status["state"] in ("finished", "failed"):
         return None
-    if state == "COMPLETING" and status["state"] in ("finished", "failed", "killed"):
+    if state == "COMPLETING" and status["state"] == "killed":
         return None
     # Job ids start again when a controller is set up anew: another job can have this one now.
     latest = run.path / "slurm" / str(_next_number(run.path / "slurm") - 1)

@@ -89,6 +89,9 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
             if run.state != "finished" and not launcher.is_at_work(run):
                 todo.append(started[run.path])
         launcher.preflight([each.job.config for each in todo])
+        group = group_of(list(started.values()))
+        group.write()
+        command.sweep = group.id
         for each in todo:
             command.overrides = each.job.overrides
             each.run.create(each.job.config, launcher.world_size, command)
@@ -97,7 +100,6 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
             "at work already",
             flush=True,
         )
-        group_of(list(started.values())).write()
         handles = launcher.submit([each.run for each in todo]) if todo else []
         for each, handle in zip(todo, handles, strict=True):
             each.handle = handle

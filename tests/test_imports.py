@@ -119,7 +119,7 @@ def test_a_wrong_command_loads_nothing_heavy(tmp_path):
     ("library", "allowed"),
     [
         ("torch", ("atlas/training/", "atlas/models/", "atlas/data/")),
-        ("mlflow", ("atlas/sync.py",)),
+        ("mlflow", ("atlas/store.py",)),
         ("submitit", ("launchers/slurm.py",)),
         ("transformers", ("atlas/models/",)),
         ("pyarrow", ("atlas/data/",)),
@@ -145,7 +145,7 @@ def test_a_library_has_its_places(library, allowed):
 
 def test_the_scan_sees_what_is_there():
     assert "atlas/training/trainer.py" in files_importing("torch")
-    assert "atlas/sync.py" in files_importing("mlflow")
+    assert "atlas/store.py" in files_importing("mlflow")
     assert "atlas/worker.py" in files_importing("atlas.training")
 
 

@@ -29,7 +29,8 @@ from atlas.errors import AtlasError
 from atlas.journal import Journal
 from atlas.run import ROOT, Command, Run
 from atlas.shipper import NullShipper, Record, Shipper, masked, open_shipper, points_left
-from atlas.sync import MlflowClient, create_sqlite, sync, valid_key
+from atlas.store import MlflowClient, create_sqlite, valid_key
+from atlas.sync import sync
 
 FOLLOWED = """
 import sys, time
