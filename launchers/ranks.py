@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -15,9 +14,8 @@ from pathlib import Path
 
 from atlas import worker
 from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED
+from atlas.leash import die_with_parent
 from atlas.run import Run
-
-_PR_SET_PDEATHSIG = 1
 
 
 def warm_context(threads: int) -> ForkServerContext:
@@ -28,7 +26,7 @@ def warm_context(threads: int) -> ForkServerContext:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when torch is imported
     context = multiprocessing.get_context("forkserver")
     # `__main__` too: otherwise every rank would import train.py, and Hydra with it.
-    context.set_forkserver_preload(["__main__", "atlas.training.job"])
+    context.set_forkserver_preload(["__main__", "launchers.warm"])
     multiprocessing.forkserver.ensure_running()
     return context
 
@@ -128,11 +126,7 @@ def failure_text(run: Run) -> str:
 
 def _enter(path: str, environment: Mapping[str, str], log: str | None) -> None:
     """What a rank does from its fork on."""
-    parent = os.getppid()
-    # The warm process ends with the launcher, however that ended, and takes its ranks along.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit(EXIT_FAILED)
+    die_with_parent()  # which is the warm process, and that ends with the launcher
     os.setpgrp()  # a terminal's Ctrl-C goes to the launcher, which hands it on once
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)

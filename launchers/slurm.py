@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from atlas import worker
 from atlas.config import COUNT, OPTIONAL_COUNT, Key
@@ -375,17 +375,28 @@ class Task:
         if int(os.environ["RANK"]):
             # Not 75: srun would end rank 0, which has the last metrics to send and the job to
             # requeue.
-            raise SystemExit(EXIT_DONE if code == EXIT_STOPPED else code)
+            leave(EXIT_DONE if code == EXIT_STOPPED else code)
         settle(Run(self.path), code, handler)
-        # submitit would write a result that nobody reads, and fail where an earlier attempt was
-        # killed while it wrote one.
-        raise SystemExit(code)
+        leave(code)
 
     def checkpoint(self) -> Any:
         """What submitit puts back into the queue: the same task."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, past submitit.
+
+    It would write a result that nobody reads, and fail where a kill has left half of one.
+    """
+    if code not in (EXIT_DONE, EXIT_STOPPED):
+        # Taken apart by Python, the group of a rank that failed can wait for ranks that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def settle(run: Run, code: int, handler: Any) -> None:

@@ -141,3 +141,28 @@ def test_max_time_saves_and_stops(tmp_path):
     run = only_run(tmp_path)
     assert status(run)["reason"].startswith("trainer.max_time") and "is killed" in done.stdout
     assert 0 < status(run)["step"] < 24
+
+
+def test_mlflow_holds_every_point_of_a_killed_and_resumed_run_once(tmp_path):
+    from atlas.store import MlflowClient
+
+    arguments = quick(tmp_path, "tracking=mlflow", "model.pause=0.03", "trainer.save_interval=3")
+    process = start(*arguments)
+    wait_for_step(tmp_path, 12)
+    kill(process)
+    train(*arguments)
+    run = only_run(tmp_path)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    name = status(run)["mlflow_run_id"]
+    assert client.get_run(name).info.status == "FINISHED"
+    found = {}
+    for key in client.get_run(name).data.metrics:
+        for point in client.get_metric_history(name, key):
+            assert (point.step, key) not in found
+            found[point.step, key] = (point.value, point.timestamp)
+    wanted = {}
+    for line in lines(run / "metrics.jsonl"):
+        for key, value in line.items():
+            if key not in ("step", "time"):
+                wanted[line["step"], key] = (value, int(line["time"] * 1000))
+    assert found == wanted

@@ -21,6 +21,8 @@ class WordEncoder(nn.Module):
     end. Batches are padded to a multiple of 8 tokens, so that their shapes are few.
     """
 
+    untraced = ("tokenize",)  # Python on text: nothing to compile in it
+
     def __init__(
         self,
         vocabulary: Iterable[str],
@@ -40,7 +42,6 @@ class WordEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self._known: dict[str, list[int]] = {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def tokenize(self, texts: list[str]) -> Tensor:
         """[B, L] int64 on the module's device: a start token, the words, padding."""
         rows = [self._known.get(text) or self._row(text) for text in texts]

@@ -159,5 +159,6 @@ def set_determinism(wanted: bool) -> None:
     """Only deterministic kernels, where `trainer.deterministic` asks for it."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # asking is cheap, setting is not
+        torch.use_deterministic_algorithms(wanted)
     torch.backends.cudnn.benchmark = not wanted

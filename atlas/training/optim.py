@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from atlas.errors import ConfigError, nearest
+from atlas.training.lean import bare_step, spare_compiler
 
 REST = "rest"  # the group of parameters that no multiplier path matches
 _NORMS = (
@@ -122,7 +123,9 @@ class Optimizer:
             )
         self.base_lrs = {group.name: base_lr * group.multiplier for group in trained}
         self.parameters = [p for g in trained for p in g.parameters if p.requires_grad]
+        spare_compiler()
         self.inner = factory(list(self._inner_groups(trained)))
+        self._step = bare_step(self.inner)
         self._accepts_found_inf = bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
     def rates(self, step: int) -> dict[str, float]:
@@ -150,7 +153,7 @@ class Optimizer:
             self.inner.found_inf = (~good).to(torch.float32)  # type: ignore[attr-defined]
             self.inner.grad_scale = None  # type: ignore[attr-defined]
         if good is None or self._accepts_found_inf or bool(good):
-            self.inner.step()
+            self._step()
         for parameter in self.parameters:
             parameter.grad = None
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from atlas.training.distributed import World
+from atlas.training.lean import compile_in_place
 from atlas.training.randomness import StepSeeds
 from atlas.training.stream import TrainStream, to_device
 
@@ -23,7 +24,7 @@ class Replica:
         self._world = world
         self._call: Any = model
         if compiled:
-            model.compile()  # in place: names in the state stay as they are
+            compile_in_place(model)
 
     def __call__(self, batch: Any) -> Any:
         return self._call(batch)

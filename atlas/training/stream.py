@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from atlas.errors import ConfigError
+from atlas.leash import die_with_parent
 from atlas.training.distributed import World
 from atlas.training.randomness import mix, sample_seeds
 
@@ -206,4 +207,5 @@ def _quiet(_: int) -> None:
     """Slurm and a terminal signal every process; a data worker that died would lose the save."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from commands import only_run, quick, status, train
+from commands import lines, only_run, points, quick, same, status, train, weights
 
 TIMEOUT_S = 120.0
 
@@ -73,3 +73,23 @@ def finished(run: Path, job: str, timeout: float = TIMEOUT_S) -> None:
     state = ended(job, timeout)
     assert state == ("COMPLETED", "0:0"), (state, log(run, job))
     assert status(run)["state"] == "finished"
+
+
+def assert_twins(one: Path, other: Path) -> None:
+    assert points(one) == points(other)
+    assert lines(one / "samples.jsonl") == lines(other / "samples.jsonl")
+    assert same(weights(one), weights(other))
+
+
+def process_of(job: str, rank: int) -> int:
+    """The process of one rank, found by the variables that Slurm gave it."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            given = set((folder / "environ").read_bytes().split(b"\0"))
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if wanted <= given and b"submitit.core._submit" in words and b"sh" not in words:
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank} of job {job}")

@@ -14,18 +14,27 @@ from commands import (
     ROOT,
     command,
     environment,
-    lines,
     only_run,
-    points,
     quick,
-    same,
     status,
     train,
     wait_for_step,
     weights,
 )
 from hydra import compose, initialize_config_dir
-from jobs import arguments, ended, field, finished, job_of, log, slurm, submit, until
+from jobs import (
+    arguments,
+    assert_twins,
+    ended,
+    field,
+    finished,
+    job_of,
+    log,
+    process_of,
+    slurm,
+    submit,
+    until,
+)
 
 from atlas.errors import RunBusyError
 from atlas.run import Command, Run
@@ -42,26 +51,6 @@ def undisturbed(tmp_path_factory):
     outputs = tmp_path_factory.mktemp("undisturbed")
     train(*quick(outputs, "cluster.device=cpu", "cluster.nproc_per_node=2"))
     return only_run(outputs)
-
-
-def assert_twins(one: Path, other: Path) -> None:
-    assert points(one) == points(other)
-    assert lines(one / "samples.jsonl") == lines(other / "samples.jsonl")
-    assert same(weights(one), weights(other))
-
-
-def process_of(job: str, rank: int) -> int:
-    """The process of one rank, found by the variables that Slurm gave it."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            given = set((folder / "environ").read_bytes().split(b"\0"))
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if wanted <= given and b"submitit.core._submit" in words and b"sh" not in words:
-            return int(folder.name)
-    raise AssertionError(f"no process of rank {rank} of job {job}")
 
 
 def test_two_ranks_end_as_they_do_without_slurm(tmp_path, undisturbed):
