@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from atlas.errors import EXIT_DONE, EXIT_FAILED, AtlasError
+
+if TYPE_CHECKING:
+    from atlas.run import Run
 
 # What a command needs is imported when it runs: `atlas --help` loads nothing.
 
@@ -22,7 +25,7 @@ class Command(NamedTuple):
 
 def sync_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN, and how to send it."""
-    run_argument(parser)
+    run_argument(parser, many=True)
     parser.add_argument(
         "--follow", action="store_true", help="go on for as long as the run is being written"
     )
@@ -35,10 +38,37 @@ def sync_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sync(args: argparse.Namespace) -> int:
     """Send what MLflow lacks of a run and draw its report; without tracking, draw it only."""
-    from atlas import shipper
     from atlas.run import Run
 
-    run = Run.find(args.run, args.outputs)
+    runs = [Run.find(reference, args.outputs) for reference in args.runs]
+    if len(runs) > 1 and args.follow:
+        return follow_pool(runs)
+    return max(sync_one(run, args) for run in runs)
+
+
+def follow_pool(runs: list[Run]) -> int:
+    """Be the one shipper of a pool's runs."""
+    from atlas import shipper
+    from atlas.report import draw_as_they_end
+
+    writer = shipper.Writer(None)
+    shipper.step_back()
+    tracked = [run for run in runs if run.config["tracking"]["kind"] != "none"]
+    missing = 0
+    if tracked:
+        from atlas.sync import sync_all
+
+        for shipped in sync_all(tracked, writer):
+            missing += bool(shipped.error or shipped.left)
+            print(shipped)
+    draw_as_they_end([run for run in runs if run not in tracked], writer)
+    return EXIT_FAILED if missing else EXIT_DONE
+
+
+def sync_one(run: Run, args: argparse.Namespace) -> int:
+    """Send one run, or follow it."""
+    from atlas import shipper
+
     writer = shipper.Writer(run) if args.follow else None
     if writer and writer.is_parent:
         shipper.step_back()
@@ -56,16 +86,36 @@ def sync(args: argparse.Namespace) -> int:
     return EXIT_FAILED if shipped.error or shipped.left else EXIT_DONE
 
 
-def run_argument(parser: argparse.ArgumentParser) -> None:
-    """The run a command is about, as `Run.find` takes it."""
-    parser.add_argument("run", metavar="RUN", help="a run's directory, or its id")
+def run_argument(parser: argparse.ArgumentParser, many: bool = False) -> None:
+    """The run (or `runs`) that a command is about, as `Run.find` takes it."""
+    if many:
+        parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, or its id")
+    else:
+        parser.add_argument("run", metavar="RUN", help="a run's directory, or its id")
     parser.add_argument(
         "--outputs", default="outputs", help="where ids are looked up (default: %(default)s)"
     )
 
 
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is run, for how long, and where it is killed."""
+    from atlas.verify import arguments
+
+    arguments(parser)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Prove on one's own model that a killed run ends as if it had not been."""
+    from atlas.verify import run
+
+    return run(args)
+
+
 COMMANDS = {
     "sync": Command("send a run's metrics to MLflow and draw its report", sync_arguments, sync),
+    "verify-resume": Command(
+        "run a model straight and with a kill, and compare both to the bit", verify_arguments, verify
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atlas.run import Run
-from atlas.shipper import masked
+from atlas.shipper import Writer, masked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,19 @@ NAMES = {
 INK, GREY, BEST, BAD = "#1f3b57", "#9db4c8", "#c8102e", "#e07b00"
 
 Curve = tuple[list[int], list[float]]  # steps and values, in the order of the journal
+
+
+def draw_as_they_end(runs: Sequence[Run], writer: Writer) -> None:
+    """Draw the report of each of a pool's `runs` when it ends, or when the pool does."""
+    waiting = list(runs)
+    while waiting:
+        closing = writer.gone()
+        for run in list(waiting):
+            if closing or run.state not in ("queued", "running"):
+                draw(run)
+                waiting.remove(run)
+        if waiting:
+            writer.wait(0.2)
 
 
 def draw(run: Run) -> Path:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from atlas.lock import replace
 from atlas.run import ROOT, Run
 
 PARENT = "ATLAS_SYNC_PARENT"  # in a shipper's environment: the process whose run it sends
+FLEET = "ATLAS_FLEET"  # in a rank's environment: its pool sends the journal
 NICENESS = 19  # training goes first, where both want the processor
 WARN_EVERY_S = 1.0
 REPORT_WAIT_S = 5.0
@@ -149,10 +150,14 @@ class Shipper:
 
 
 class NullShipper:
-    """Sends nothing (tracking=none); the report is drawn at the end all the same."""
+    """Sends nothing (tracking=none); the report is drawn at the end all the same.
 
-    def __init__(self, run: Run) -> None:
+    With `elsewhere` that too is left to another: a pool has one shipper for all of its runs.
+    """
+
+    def __init__(self, run: Run, elsewhere: bool = False) -> None:
         self.run = run
+        self._elsewhere = elsewhere
 
     def start(self) -> None:
         """Nothing to start."""
@@ -163,6 +168,8 @@ class NullShipper:
 
     def finish(self, timeout_s: float | None = None) -> str | None:
         """Draw the report in a process of its own, waited for at most 5 s."""
+        if self._elsewhere:
+            return None
         with contextlib.suppress(OSError):
             child = _spawn(self.run)
             wait_s = REPORT_WAIT_S if timeout_s is None else min(timeout_s, REPORT_WAIT_S)
@@ -173,9 +180,39 @@ class NullShipper:
 
 def open_shipper(run: Run, tracking: Mapping[str, Any]) -> Shipper | NullShipper:
     """The shipper that `config["tracking"]` asks for; not started yet."""
+    if FLEET in os.environ:
+        return NullShipper(run, elsewhere=True)
     if tracking["kind"] == "none":
         return NullShipper(run)
     return Shipper(run, float(tracking["wait_s"]))
+
+
+class Fleet:
+    """One shipper for all runs of a pool: mlflow is imported once, and one process writes to it."""
+
+    def __init__(self, runs: Sequence[Run], wait_s: float) -> None:
+        self._runs = runs
+        self._wait_s = wait_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process; runs that start from now on leave their shipping to it."""
+        self._child = _spawn_for(self._runs, self.log, "--follow")
+
+    @property
+    def log(self) -> Path:
+        """What the shipper has to say."""
+        return self._runs[0].path.parent / "sync.log"
+
+    def finish(self) -> str | None:
+        """Wait until all is sent; a sentence for the person where something is missing."""
+        if self._child is None or _finished(self._child, self._wait_s):
+            left = sum(points_left(run, Record.load(run)) for run in self._tracked())
+            return (left and f"{left:,} points are not in MLflow; see {self.log}") or None
+        return f"points are still on their way to MLflow, in the background; see {self.log}"
+
+    def _tracked(self) -> list[Run]:
+        return [run for run in self._runs if run.config["tracking"]["kind"] != "none"]
 
 
 class Writer:
@@ -185,10 +222,10 @@ class Writer:
     heard too.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run | None) -> None:
         self._run = run
         self._parent = int(os.environ.get(PARENT, 0))
-        self._holder = run.lock.live_holder()
+        self._holder = run.lock.live_holder() if run else None
         self._ended = threading.Event()
         self._expires = float("inf")
         if self._parent:
@@ -203,8 +240,8 @@ class Writer:
         """Whether nothing more will be written by the process that is followed."""
         if self._parent and (self._ended.is_set() or os.getppid() != self._parent):
             return True
-        if self._parent and self._holder is None:
-            return False  # started without the lock
+        if self._run is None or (self._parent and self._holder is None):
+            return False  # a pool, or a run that was started without the lock
         holder = self._run.lock.live_holder()
         return holder is None or holder != self._holder
 
@@ -222,6 +259,7 @@ class Writer:
     def wait_for_first_line(self) -> None:
         """Leave the processor to a run's first step, for a few seconds."""
         until = time.monotonic() + HEAD_START_S
+        assert self._run is not None
         while time.monotonic() < until and not self.gone() and not _size(self._run.journal_file):
             self.wait(0.1)
 
@@ -307,13 +345,18 @@ def _finished(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
 
 def _spawn(run: Run, *options: str) -> subprocess.Popen[bytes]:
     run.logs.mkdir(exist_ok=True)
+    return _spawn_for([run], run.logs / "sync.log", *options)
+
+
+def _spawn_for(runs: Sequence[Run], file: Path, *options: str) -> subprocess.Popen[bytes]:
     # Blocked until a follower has its handlers: a signal to all of a job's processes must not end
     # it before that, and an END that comes at once must not be lost.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED if "--follow" in options else ())
     try:
-        with open(run.logs / "sync.log", "ab") as log:
+        with open(file, "ab") as log:
+            paths = [str(run.path) for run in runs]
             return subprocess.Popen(
-                [sys.executable, "-m", "atlas.cli", "sync", str(run.path), *options],
+                [sys.executable, "-m", "atlas.cli", "sync", *options, *paths],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

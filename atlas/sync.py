@@ -14,7 +14,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,30 @@ def sync(
         return Shipping(run, again).go(writer if follow else None)
 
 
+def sync_all(runs: Sequence[Run], writer: Writer) -> list[Shipped]:
+    """Follow all `runs` of a pool, in turns, until each has ended and is sent.
+
+    A run ends when its state says so; all of them end when the pool (`writer`) does.
+    """
+    for name, value in MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    done: list[Shipped] = []
+    with contextlib.ExitStack() as stack, _quiet():
+        waiting = []
+        for run in runs:
+            stack.enter_context(_alone(run, writer))
+            waiting.append(Shipping(run))
+        while waiting and not writer.expired():
+            closing = writer.gone()
+            for shipping in list(waiting):
+                if (shipped := shipping.look(closing, writer)) is not None:
+                    waiting.remove(shipping)
+                    done.append(shipped)
+            if not closing:
+                writer.wait(POLL_S)
+    return done
+
+
 class Shipping:
     """One pass over a run's journal, or one life of a shipper that follows it."""
 
@@ -114,6 +138,21 @@ class Shipping:
             if writer and writer.expired():
                 break
             self._wait(writer, over)
+        return self._shipped()
+
+    def look(self, closing: bool, writer: Writer) -> Shipped | None:
+        """One turn of many, among other runs; what was done once the run has ended and is sent."""
+        state = self.run.state
+        over = closing or state not in ("queued", "running")
+        self._live = state == "running"
+        if state == "queued" and not closing:
+            return None
+        done = self._turn(over, writer)
+        if over and (done or self._hopeless()):
+            return self._shipped()
+        return None
+
+    def _shipped(self) -> Shipped:
         left = points_left(self.run, self._record)
         return Shipped(
             sent=self._sent,

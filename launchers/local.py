@@ -10,6 +10,7 @@ from atlas import worker
 from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 from atlas.plan import summary
 from atlas.run import Run
+from atlas.shipper import Fleet
 from launchers.base import Handle, Launcher, check_gpus
 from launchers.devices import visible_gpus
 from launchers.pool import Pool
@@ -72,8 +73,18 @@ class LocalLauncher(Launcher):
         if len(runs) == 1 and self.world_size == 1:
             # In this process, so that a debugger and Ctrl-C work as in any script.
             return [Ended(runs[0], worker.main(runs[0].path))]
-        codes = self._pool(len(runs)).run(runs, self._tell if len(runs) == 1 else self._tell_short)
+        codes = self._pool(1).run(runs, self._tell) if len(runs) == 1 else self._run_many(runs)
         return [Ended(run, code) for run, code in zip(runs, codes, strict=True)]
+
+    def _run_many(self, runs: Sequence[Run]) -> list[int]:
+        """All `runs`, with one process that sends their journals to MLflow."""
+        pool = self._pool(len(runs))
+        fleet = Fleet(runs, max(float(run.config["tracking"]["wait_s"]) for run in runs))
+        fleet.start()
+        codes = pool.run(runs, self._tell_short)
+        if left := fleet.finish():
+            print(f"warning: {left}", file=sys.stderr)
+        return codes
 
     def _pool(self, runs: int) -> Pool:
         gpus = visible_gpus() if self.device != "cpu" else []

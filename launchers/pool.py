@@ -46,7 +46,7 @@ class Pool:
             while active or (waiting and not self._stopping):
                 while waiting and len(active) < self._places and not self._stopping:
                     index = waiting.pop(0)
-                    active[index] = self._start(runs[index], terminal=len(runs) == 1)
+                    active[index] = self._start(runs[index], alone=len(runs) == 1)
                 wait([s for ranks, _ in active.values() for s in ranks.sentinels], POLL_S)
                 self._hand_on(active)
                 for index in list(active):
@@ -57,9 +57,10 @@ class Pool:
                         ended(runs[index], code)
         return list(codes.values())
 
-    def _start(self, run: Run, terminal: bool) -> tuple[Ranks, list[str]]:
+    def _start(self, run: Run, alone: bool) -> tuple[Ranks, list[str]]:
         gpus = [self._free_gpus.pop(0) for _ in range(self._size)] if self._on_gpus else []
-        ranks = Ranks(self._context, run, self._size, gpus if self._on_gpus else None, terminal)
+        devices = gpus if self._on_gpus else None
+        ranks = Ranks(self._context, run, self._size, devices, alone)
         return ranks, gpus
 
     def _hand_on(self, active: dict[int, tuple[Ranks, list[str]]]) -> None:

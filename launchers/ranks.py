@@ -16,6 +16,7 @@ from atlas import worker
 from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED
 from atlas.leash import die_with_parent
 from atlas.run import Run
+from atlas.shipper import FLEET
 
 
 def warm_context(threads: int) -> ForkServerContext:
@@ -32,7 +33,10 @@ def warm_context(threads: int) -> ForkServerContext:
 
 
 class Ranks:
-    """The ranks of one run; `gpus` are the devices they may use (None: whatever is visible)."""
+    """The ranks of one run; `gpus` are the devices they may use (None: whatever is visible).
+
+    A run that is `alone` has its rank 0 on the terminal and its own shipper.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,7 @@ class Ranks:
         run: Run,
         world_size: int,
         gpus: Sequence[str] | None,
-        terminal: bool,
+        alone: bool,
     ) -> None:
         self.run = run
         run.failure_file.unlink(missing_ok=True)
@@ -51,12 +55,13 @@ class Ranks:
             "MASTER_PORT": str(free_port()),
             "ATLAS_LAUNCHER": "local",
             "ATLAS_SUPERVISED": "1",
+            **({} if alone else {FLEET: "1"}),
             **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
         }
         self._processes: list[ForkServerProcess] = []
         for rank in range(world_size):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log = None if terminal and rank == 0 else run.logs / f"rank{rank}.log"
+            log = None if alone and rank == 0 else run.logs / f"rank{rank}.log"
             process = context.Process(
                 target=_enter, args=(str(run.path), environment, str(log) if log else None)
             )

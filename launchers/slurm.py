@@ -6,6 +6,7 @@ The submitting side is `SlurmLauncher`, what runs in every task of a job is `Tas
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -108,6 +109,7 @@ class SlurmLauncher(Launcher):
     """Queues every run as a job, several at once as a job array; keys as in conf/cluster/slurm.yaml."""
 
     name = "slurm"
+    elsewhere = True
 
     def __init__(self, nodes: int, nproc_per_node: int | str, device: str, **settings: Any) -> None:
         super().__init__(nodes, nproc_per_node, device)
@@ -194,7 +196,8 @@ class SlurmLauncher(Launcher):
         )
         executor.update_parameters(**self._parameters(runs))
         try:
-            with outside_allocation():
+            # submitit prints sbatch's words, and raises them too.
+            with outside_allocation(), contextlib.redirect_stderr(io.StringIO()):
                 if len(runs) == 1:
                     return [executor.submit(Task(str(runs[0].path))).job_id]
                 jobs = executor.submit_array([Task(str(run.path)) for run in runs])
