@@ -206,8 +206,11 @@ class Fleet:
 
     def finish(self) -> str | None:
         """Wait until all is sent; a sentence for the person where something is missing."""
-        if self._child is None or _finished(self._child, self._wait_s):
-            left = sum(points_left(run, Record.load(run)) for run in self._tracked())
+        tracked = self._tracked()
+        # Reports alone are not waited for: they are drawn in the background.
+        wait_s = self._wait_s if tracked else 0.0
+        if self._child is None or _finished(self._child, wait_s) or not tracked:
+            left = sum(points_left(run, Record.load(run)) for run in tracked)
             return (left and f"{left:,} points are not in MLflow; see {self.log}") or None
         return f"points are still on their way to MLflow, in the background; see {self.log}"
 

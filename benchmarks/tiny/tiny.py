@@ -64,11 +64,14 @@ class Marked(Vectors):
 
 
 class MLP(nn.Module):
-    """The network with its loss, as Atlas asks for a model."""
+    """The network with its loss, as Atlas asks for a model; `pause` seconds a forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float = 0.0) -> None:
         super().__init__()
         self.net = network()
+        self.pause = pause
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.pause:
+            time.sleep(self.pause)
         return {"loss": functional.mse_loss(self.net(batch["inputs"]), batch["targets"])}
