@@ -24,6 +24,7 @@ from atlas.run import ROOT, Command, Run
 from launchers import torchrun
 from launchers.base import Launcher
 from launchers.explain import explain
+from launchers.ranks import warm_context
 
 # Hydra's options that are followed by a value; --config is Atlas's own, of atlas/train.py.
 WITH_VALUE = (
@@ -86,10 +87,16 @@ def start(main: Callable[[], Any]) -> None:
     with reported():
         sys.argv[1:] = options_first(torchrun.without_launcher_arguments(sys.argv[1:]))
         if not torchrun.is_torchrun():
+            if _is_sweep(sys.argv) and not any(a.startswith("cluster=") for a in sys.argv):
+                warm_context()  # it imports torch while the sweep is composed
             main()
             return
-        torchrun.refuse("launchers.local.", multirun="-m" in sys.argv or "--multirun" in sys.argv)
+        torchrun.refuse("launchers.local.", multirun=_is_sweep(sys.argv))
         torchrun.main(main)
+
+
+def _is_sweep(arguments: Sequence[str]) -> bool:
+    return "-m" in arguments or "--multirun" in arguments
 
 
 def options_first(arguments: Sequence[str]) -> list[str]:

@@ -27,7 +27,8 @@ class Pool:
         self._free_gpus = list(gpus)
         self._on_gpus = bool(gpus)
         self._places = len(gpus) // size if gpus else places
-        self._context = warm_context(threads)
+        self._threads = threads
+        self._context = warm_context()
         self._noted: list[int] = []
         self._stopping = False
         self._interrupts = 0
@@ -60,7 +61,7 @@ class Pool:
     def _start(self, run: Run, alone: bool) -> tuple[Ranks, list[str]]:
         gpus = [self._free_gpus.pop(0) for _ in range(self._size)] if self._on_gpus else []
         devices = gpus if self._on_gpus else None
-        ranks = Ranks(self._context, run, self._size, devices, alone)
+        ranks = Ranks(self._context, run, self._size, devices, alone, self._threads)
         return ranks, gpus
 
     def _hand_on(self, active: dict[int, tuple[Ranks, list[str]]]) -> None:

@@ -19,12 +19,11 @@ from atlas.run import Run
 from atlas.shipper import FLEET
 
 
-def warm_context(threads: int) -> ForkServerContext:
+def warm_context() -> ForkServerContext:
     """A context whose processes are forked from one that has imported torch once.
 
-    `threads` is how many each process may compute with, where the person has not said.
+    Asked for early, it imports torch while the configurations are still being composed.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when torch is imported
     context = multiprocessing.get_context("forkserver")
     # `__main__` too: otherwise every rank would import train.py, and Hydra with it.
     context.set_forkserver_preload(["__main__", "launchers.warm"])
@@ -35,7 +34,8 @@ def warm_context(threads: int) -> ForkServerContext:
 class Ranks:
     """The ranks of one run; `gpus` are the devices they may use (None: whatever is visible).
 
-    A run that is `alone` has its rank 0 on the terminal and its own shipper.
+    A run that is `alone` has its rank 0 on the terminal and its own shipper. `threads` is how many
+    each rank computes with on the CPU.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Ranks:
         world_size: int,
         gpus: Sequence[str] | None,
         alone: bool,
+        threads: int,
     ) -> None:
         self.run = run
         run.failure_file.unlink(missing_ok=True)
@@ -55,6 +56,7 @@ class Ranks:
             "MASTER_PORT": str(free_port()),
             "ATLAS_LAUNCHER": "local",
             "ATLAS_SUPERVISED": "1",
+            "ATLAS_THREADS": str(threads),
             **({} if alone else {FLEET: "1"}),
             **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
         }

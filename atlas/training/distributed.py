@@ -34,6 +34,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def count(self, mine: int) -> int:
+        """The sum of a number that each rank has on its CPU."""
+        if self.size == 1:
+            return mine
+        total = torch.tensor(mine)
+        dist.all_reduce(total, group=self.cpu_group)
+        return int(total)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -54,10 +62,8 @@ def init(device: str) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     where = choose_device(device, local_rank)
-    if where.type == "cpu" and size == 1 and "OMP_NUM_THREADS" not in os.environ:
-        # A core is left to the shipper and the data: threads that wait for each other's turn on a
-        # core that is taken are many times slower than one thread fewer.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+    if where.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(int(os.environ.get("ATLAS_THREADS", 0)) or spare_core(size))
     group = None
     if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         timeout = datetime.timedelta(minutes=30)
@@ -65,6 +71,15 @@ def init(device: str) -> World:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
         group = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     return World(rank, local_rank, size, where, group)
+
+
+def spare_core(world_size: int) -> int:
+    """Threads for a rank on the CPU: all cores but one, shared by the ranks.
+
+    A core is left to the shipper and the data: threads that wait for each other on a core that is
+    taken are many times slower than one thread fewer.
+    """
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // world_size)
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
