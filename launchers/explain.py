@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -33,7 +34,9 @@ def explain(error: Exception, conf: Path, check: Callable[[dict[str, Any]], None
         except ConfigError as found:
             problems += found.problems
             break
-        except (HydraException, OmegaConfBaseException) as found:
+        except Exception as found:
+            if not isinstance(found, HydraException | OmegaConfBaseException) and not is_hydras(found):
+                raise
             error = found
             problems.append(words(error))
         else:
@@ -55,8 +58,25 @@ def words(error: Exception) -> str:
                 f"{key} is not a key of the configuration{nearest(key.rpartition('.')[2], known)}"
                 f" (to add a key of your own: +{key}=…)"
             )
-        return f"{key}: {cause.msg or cause}"
-    return " ".join(str(error).split())
+        return f"{key}: {first_line(cause)}"
+    text = " ".join(str(error).split())
+    if isinstance(error, HydraException):
+        return text
+    return f"the overrides cannot be composed: {text} (is a group given what is no name?)"
+
+
+def first_line(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says, less its remarks on its own types."""
+    return str(error.msg or error).strip().splitlines()[0]
+
+
+def is_hydras(error: Exception) -> bool:
+    """Whether `error` was raised inside Hydra: `model=3` is a plain ValueError of its."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    folder = Path(hydra.__file__).parent
+    return trace is not None and folder in Path(trace.tb_frame.f_code.co_filename).parents
 
 
 def _culprit(error: Exception, overrides: list[str]) -> str | None:

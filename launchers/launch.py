@@ -21,9 +21,10 @@ from atlas.identity import flat
 from atlas.plan import outline, summary
 from atlas.resume import adopt, announce, check_source, keep_effective_batch
 from atlas.run import ROOT, Command, Run
+from atlas.trust import taken
 from launchers import torchrun
 from launchers.base import Launcher
-from launchers.explain import explain
+from launchers.explain import explain, first_line, is_hydras
 from launchers.ranks import warm_context
 
 # Hydra's options that are followed by a value; --config is Atlas's own, of atlas/train.py.
@@ -85,7 +86,9 @@ def start(main: Callable[[], Any]) -> None:
     """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started."""
     sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
     with reported():
-        sys.argv[1:] = options_first(torchrun.without_launcher_arguments(sys.argv[1:]))
+        sys.argv[1:] = options_first(
+            torchrun.without_launcher_arguments(taken(sys.argv[1:]))
+        )
         if not torchrun.is_torchrun():
             if _is_sweep(sys.argv) and not any(a.startswith("cluster=") for a in sys.argv):
                 warm_context()  # it imports torch while the sweep is composed
@@ -139,7 +142,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     except InterpolationToMissingValueError:
         return _resolve_around_missing(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'the configuration'}: {error.msg}") from error
+        raise ConfigError(f"{error.full_key or 'the configuration'}: {first_line(error)}") from error
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
 
@@ -166,8 +169,9 @@ def reported() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
     try:
         yield
-    except (AtlasError, HydraException, OmegaConfBaseException) as error:
-        if FULL_ERROR:
+    except Exception as error:
+        known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
+        if FULL_ERROR or not (known or is_hydras(error)):
             raise
         print(f"error: {explain(error, ROOT / 'conf', check)}", file=sys.stderr)
         raise SystemExit(1) from None

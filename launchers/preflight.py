@@ -123,14 +123,14 @@ def _ask_child(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[di
     """A report for each of `configs`: `{"problems": [...], "unchecked": [...]}`."""
     question = {"sys_path": sys.path, "world_size": world_size, "configs": list(configs)}
     # A login node's GPU, if it has one, is not what the run will see.
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    place = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "atlas.training.preflight"],
             input=json.dumps(question),
             capture_output=True,
             text=True,
-            env=environment,
+            env={**os.environ, **place},
             timeout=LIMIT_S,
         )
         answer = json.loads(done.stdout)

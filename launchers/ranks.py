@@ -13,8 +13,9 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from atlas import worker
-from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED
+from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, RunBusyError
 from atlas.leash import die_with_parent
+from atlas.reasons import record_end
 from atlas.run import Run
 from atlas.shipper import FLEET
 
@@ -101,12 +102,13 @@ class Ranks:
 
     def _record(self, codes: Sequence[int | None]) -> None:
         """Leave the reason in `status.json`, for a rank that could not say it by itself too."""
+        if self.run.lock.live_holder():
+            return  # ours are gone: another process has the run, and it is not ours to judge
         failure = self.run.failure
         if failure is None:
-            rank, code = next((r, c) for r, c in enumerate(codes) if c not in (None, 0, 75))
-            name = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
-            hint = "; the machine may be out of memory" if code == -signal.SIGKILL else ""
-            failure = {"reason": f"rank {rank} was ended by {name}{hint}", "state": "failed"}
+            failure = record_end(
+                self.run, *next((r, c) for r, c in enumerate(codes) if c not in (None, 0, 75))
+            )
         if self.run.status.get("state") == "running":
             self.run.update_status(state=failure["state"], reason=failure["reason"])
 
@@ -123,6 +125,10 @@ def failure_text(run: Run) -> str:
     """What the first rank to fail had to say, and where its log is."""
     failure = run.failure
     if failure is None:
+        try:
+            run.refuse_if_live()  # another process had the lock before ours
+        except RunBusyError as error:
+            return f"error: {error}"
         return f"error: {run.status.get('reason')}\nits logs are in {run.logs}"
     if not failure["traceback"]:
         return f"error: {failure['message']}"

@@ -5,6 +5,7 @@ The submitting side is `SlurmLauncher`, what runs in every task of a job is `Tas
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -32,6 +33,7 @@ from atlas.errors import (
     nearest,
 )
 from atlas.lock import guarded
+from atlas.plan import summary
 from atlas.run import ROOT, Run
 from launchers.base import Handle, Launcher
 
@@ -309,6 +311,7 @@ class SlurmHandle(Handle):
         self.job_id = job_id
         self.folder = folder
         self._jobs = jobs
+        self._sightings = 0
 
     @property
     def log(self) -> Path:
@@ -317,16 +320,15 @@ class SlurmHandle(Handle):
 
     def wait(self) -> int:
         try:
-            while True:
-                code = self._code()
-                if code is not None:
-                    return code
+            while (code := self._code()) is None:
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            print(
-                f"\nno longer waiting; job {self.job_id} goes on (scancel {self.job_id} stops it)"
-            )
+            stop = f"scancel {self.job_id} stops it"
+            print(f"\nno longer waiting; job {self.job_id} goes on ({stop})")
             raise SystemExit(EXIT_INTERRUPTED) from None
+        if len(self._jobs) == 1:
+            self._tell(code)
+        return code
 
     def cancel(self) -> None:
         subprocess.run(["scancel", self.job_id], check=False, timeout=QUERY_S)
@@ -350,14 +352,22 @@ class SlurmHandle(Handle):
 
     def _code(self) -> int | None:
         """The exit code, None while the job can still do something."""
-        with contextlib.suppress(AtlasError):  # a controller that is away for a while
+        try:
             now = job_state(self.job_id)
-            # Read after the question: the run can have ended before it.
-            state = self.run.status.get("state")
-            over = now == "COMPLETING" and state in ("finished", "failed")
-            if now is None or now in ENDED or over:
-                return CODES.get(str(state), EXIT_FAILED)
-        return None
+        except AtlasError:  # a controller that is away for a while
+            return None
+        state = str(self.run.status.get("state"))  # read last: it can have ended in between
+        over = now is None or now in ENDED
+        if state in ("finished", "failed") and (over or now == "COMPLETING"):
+            return CODES.get(state, EXIT_FAILED)
+        # Seen twice: a job that its node has lost is over for a moment before it is requeued.
+        self._sightings = self._sightings + 1 if over else 0
+        return CODES.get(state, EXIT_FAILED) if self._sightings > 1 else None
+
+    def _tell(self, code: int) -> None:
+        print(summary(self.run))
+        if code != EXIT_DONE:
+            print(f"  log {self.log}", flush=True)
 
 
 class Task:
@@ -390,16 +400,16 @@ class Task:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process, past submitit.
+    """End this process with `code`, past submitit and past what C++ does at the end of a process.
 
-    It would write a result that nobody reads, and fail where a kill has left half of one.
+    submitit would write a result that nobody reads, and fail where a kill has left half of one. The
+    threads of a process group, taken apart at the end, now and then wait for a rank that is gone,
+    or abort a process that has done its work.
     """
-    if code not in (EXIT_DONE, EXIT_STOPPED):
-        # Taken apart by Python, the group of a rank that failed can wait for ranks that are gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise SystemExit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def settle(run: Run, code: int, handler: Any) -> None:
@@ -423,6 +433,8 @@ def _first_failure(run: Run, log: Path) -> str | None:
     """Why the run failed, where rank 0 itself only saw that another rank was gone."""
     failure = run.failure
     if failure and failure["rank"]:
+        if failure["reason"] == run.status["reason"]:
+            return None  # all ranks saw the same
         where = f"rank {failure['rank']} on {failure['host']}"
         print(f"the first to fail was {where}:\n{failure['traceback'] or failure['message']}")
         return f"{where}: {failure['reason']}"
@@ -489,20 +501,15 @@ def first_host(nodes: str) -> str:
     """The host that rank 0 runs on, from a list such as `n[1-3],m5`."""
     if not set("[,") & set(nodes):
         return nodes
-    command = ["scontrol", "show", "hostnames", nodes]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=QUERY_S)
-    return done.stdout.split()[0]
+    hosts = _output("scontrol", "show", "hostnames", nodes).split()
+    if not hosts:
+        raise AtlasError(f"scontrol show hostnames {nodes} gave no host; rank 0 cannot be found")
+    return hosts[0]
 
 
 def is_out_of_time(run: Run) -> bool:
     """Whether the run was stopped by the signal before its job's time limit."""
-    done = subprocess.run(
-        ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L"],
-        capture_output=True,
-        text=True,
-        timeout=QUERY_S,
-    )
-    left = seconds(done.stdout.strip())
+    left = seconds(_output("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L").strip())
     if left is None:
         return False
     # As it was when the run was saved: since then the last metrics were sent.
@@ -513,9 +520,8 @@ def is_out_of_time(run: Run) -> bool:
 
 def is_preempted() -> bool:
     """Whether Slurm ends this job for another one; with a grace time it says so by SIGTERM."""
-    command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
-    fields = dict(part.partition("=")[::2] for part in done.stdout.split())
+    job = _output("scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"])
+    fields = dict(part.partition("=")[::2] for part in job.split())
     return fields.get("PreemptTime", "None") != "None"
 
 
@@ -560,13 +566,20 @@ def queue(selection: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def array_limit() -> int:
     """The largest number of tasks in a job array here (MaxArraySize)."""
-    command = ["scontrol", "show", "config"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
-    for line in done.stdout.splitlines():
+    for line in _output("scontrol", "show", "config").splitlines():
         name, _, value = line.partition("=")
         if name.strip() == "MaxArraySize":
             return max(1, int(value))
     return 1000
+
+
+def _output(*command: str) -> str:
+    """What one of Slurm's commands prints; nothing where it cannot be asked."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from atlas.errors import AtlasError, ConfigError
-from atlas.training import optim
+from atlas.training import features, optim
 from atlas.training.build import build_data, build_model, build_optimizer
-from atlas.training.stream import Fetcher, Order, to_device
+from atlas.training.stream import Fetcher, Order, on_bad, to_device
 
 T = TypeVar("T")
 META = torch.device("meta")
@@ -68,6 +68,9 @@ def check(config: Mapping[str, Any], world_size: int) -> Report:
         lambda: optim.group_parameters(model, config["optim"]["lr_multipliers"] or {}),
     )
     if groups is not None:
+        optim.freeze(groups)
+        sets = [part for part in data or () if part is not None]
+        report.attempt("data.cache_features", lambda: features.check(config, model, sets))
         small = [_small(group) for group in groups]
         report.attempt("optim", lambda: build_optimizer(config, small, world_size, CPU))
     if data is not None:
@@ -169,7 +172,8 @@ def _forward(model: nn.Module, batch: Any) -> None:
 def _batch(dataset: Any, config: Mapping[str, Any]) -> Any:
     count = min(SAMPLES, len(dataset), int(config["data"]["batch_size"]))
     seed = int(config["seed"])
-    return Fetcher(dataset, seed).fetch(Order(len(dataset), seed).ids(0, count), range(count))
+    ids = Order(len(dataset), seed).ids(0, count)
+    return Fetcher(dataset, seed, on_bad(config)).good(ids, range(count), refill=True)[1]
 
 
 def _loss(out: Any) -> None:

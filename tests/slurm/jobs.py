@@ -57,10 +57,20 @@ def until(question: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
 
 
 def ended(job: str, timeout: float = TIMEOUT_S) -> tuple[str, str]:
-    """Wait for the end of a job: its state and its exit code, such as `COMPLETED` and `0:0`."""
-    going_on = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "NODE_FAIL", "PREEMPTED")
-    until(lambda: field(job, "JobState") not in going_on, f"the end of job {job}", timeout)
-    return field(job, "JobState"), field(job, "ExitCode")
+    """Wait for the end of a job: its state and its exit code, such as `COMPLETED` and `0:0`.
+
+    A job that is being requeued looks like one that has ended for a moment: asked twice.
+    """
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+    seen: list[str] = [""]
+
+    def twice() -> bool:
+        seen.append(field(job, "JobState"))
+        time.sleep(0.5)
+        return seen[-1] in over and seen[-1] == seen[-2]
+
+    until(twice, f"the end of job {job}", timeout)
+    return seen[-1], field(job, "ExitCode")
 
 
 def log(run: Path, job: str, rank: int = 0, submission: int = 1) -> str:
@@ -81,8 +91,8 @@ def assert_twins(one: Path, other: Path) -> None:
     assert same(weights(one), weights(other))
 
 
-def process_of(job: str, rank: int) -> int:
-    """The process of one rank, found by the variables that Slurm gave it."""
+def process_of(job: str, rank: int, started: bool = True) -> int | None:
+    """The process of one rank, found by the variables that Slurm gave it, once it is Python's."""
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -90,6 +100,7 @@ def process_of(job: str, rank: int) -> int:
             words = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if wanted <= given and b"submitit.core._submit" in words and b"sh" not in words:
+        task = wanted <= given and b"submitit.core._submit" in words and b"srun" not in words
+        if task and (b"sh" not in words or not started):
             return int(folder.name)
-    raise AssertionError(f"no process of rank {rank} of job {job}")
+    return None

@@ -83,7 +83,10 @@ def test_submitting_does_not_import_torch(tmp_path):
 
 
 def test_preempted_and_requeued_to_the_same_end(tmp_path, undisturbed):
-    run, job = submit(tmp_path, *SLOW)
+    # A preemption uses up none of the requeues for time limits, under a short limit neither; and
+    # Slurm signals the processes that read data too.
+    strict = ("cluster.timeout_min=10", "cluster.max_requeues=0", "data.workers=1")
+    run, job = submit(tmp_path, *SLOW, *strict)
     wait_for_step(tmp_path, 8)
     # What a kill in the middle of an earlier requeue would have left.
     (run / "slurm" / "1" / f"{job}_submitted.pkl.save_tmp").touch()
@@ -96,6 +99,15 @@ def test_preempted_and_requeued_to_the_same_end(tmp_path, undisturbed):
     assert field(job, "Restarts") == "1"
     assert status(run)["restarts"] == 1
     assert "back in the queue" in log(run, job)
+    assert_twins(run, undisturbed)
+
+
+def test_preempted_before_python_has_started(tmp_path, undisturbed):
+    run, job = submit(tmp_path)
+    until(lambda: field(job, "JobState") == "RUNNING", "the job starts")
+    until(lambda: process_of(job, 0, started=False), "its first process starts")
+    slurm("scancel", "--signal=USR2", job)
+    finished(run, job)
     assert_twins(run, undisturbed)
 
 
@@ -118,7 +130,7 @@ def test_scancel_saves_and_does_not_requeue(tmp_path, undisturbed):
 
 
 def test_array_of_six(tmp_path):
-    launcher, runs = runs_of_array(tmp_path, 6)
+    launcher, runs = runs_of_array(tmp_path, 6, "cluster.nproc_per_node=1")
     handles = launcher.submit(runs)
     main = {handle.job_id.partition("_")[0] for handle in handles}
     assert len(main) == 1
@@ -128,7 +140,7 @@ def test_array_of_six(tmp_path):
     assert [handle.wait() for handle in handles] == [0] * 6
     for run, handle in zip(runs, handles, strict=True):
         assert run.status["state"] == "finished" and run.status["job_id"] == handle.job_id
-        assert (run.path / "slurm" / "1" / f"{handle.job_id}_1_log.out").exists()
+        assert (run.path / "slurm" / "1" / f"{handle.job_id}_0_log.out").exists()
     ends = {str(weights(run.path)["model"]["encoder.bias"].tolist()) for run in runs}
     assert len(ends) == 6
 
@@ -178,7 +190,12 @@ def test_sent_again_while_queued_is_refused(tmp_path):
         refused = train(*given, f"outputs={tmp_path}", code=1)
         assert f"job {job} on Slurm already (PENDING)" in refused.stderr
     assert only_run(tmp_path) == run
-    slurm("scancel", job)
+    # A job id that has begun again, in a controller set up anew, is another run's.
+    other, its_job = submit(tmp_path / "other", later)
+    text = (other / "status.json").read_text()
+    (other / "status.json").write_text(text.replace(f'"{its_job}"', f'"{job}"'))
+    third = job_of(train(*arguments(tmp_path / "other", later)).stdout)
+    slurm("scancel", job, its_job, third)
     # The job is gone and the run has never begun: now it is sent.
     assert status(run)["state"] == "queued"
     again = job_of(train(*arguments(tmp_path)).stdout)
@@ -315,3 +332,19 @@ def test_the_job_waits_for_the_last_metrics(tmp_path):
     sent = json.loads((run / "mlflow.json").read_text())
     assert sent["offset"] == (run / "metrics.jsonl").stat().st_size
     assert status(run)["mlflow_run_id"] == sent["run_id"]
+
+
+@pytest.mark.slow
+def test_a_sweep_issued_twice_and_then_wider(tmp_path):
+    given = [*arguments(tmp_path, "trainer.steps=4", "schedule.warmup=0,1", ranks=1)]
+    sweep = ["-m", "--config-dir", str(OWN), *given[1:]]
+    first = train(*sweep, "optim.lr=1e-3,2e-3").stdout
+    assert "4 of 4 runs to start" in first
+    array = first.partition("job array ")[2].split()[0]
+    again = train(*sweep, "optim.lr=1e-3,2e-3").stdout
+    assert "0 of 4 runs to start" in again and "job array" not in again
+    until(lambda: array not in slurm("squeue", "-h"), "the array ends", 120)
+    again = train(*sweep, "optim.lr=1e-3,2e-3").stdout
+    assert "0 of 4 runs to start" in again and again.count("  finished ") == 4
+    wider = train(*sweep, "optim.lr=1e-3,2e-3,3e-3", "cluster.wait=true").stdout
+    assert "2 of 6 runs to start" in wider and wider.count("  finished ") == 6

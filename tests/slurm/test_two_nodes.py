@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import only_run, quick, status, train, wait_for_step
-from jobs import assert_twins, field, finished, process_of, submit, until
+from jobs import assert_twins, field, finished, log, process_of, submit, until
 
 from atlas.run import Run
 
@@ -46,6 +46,24 @@ def test_a_node_that_is_lost_in_mid_run(tmp_path, undisturbed):
     finished(run, job, timeout=180)
     assert_twins(run, undisturbed)
     assert status(run)["restarts"] == 1
+
+
+def test_a_lost_rank_0_that_goes_on_training_cannot_write(tmp_path):
+    # Both ranks are on the lost node, so they notice nothing; Slurm starts the job on the other one.
+    slow = ("model.pause=1.5", "trainer.save_interval=2")
+    run, job = submit(tmp_path, *slow)
+    wait_for_step(tmp_path, 2)
+    node, old = field(job, "NodeList"), process_of(job, 0)
+    with lost(node):
+        until(lambda: restarts(run) == 1, "the requeued job takes the lock over", 120)
+        until(lambda: status(run)["host"] != node, "the run is on the other node", 30)
+        at = status(run)["step"]
+        until(lambda: not Path(f"/proc/{old}").exists(), "the old rank 0 gives up", 30)
+        assert "this process stops writing to it" in log(run, job)
+        assert status(run)["state"] == "running" and status(run)["step"] >= at
+        finished(run, job, timeout=180)
+    train(*quick(tmp_path / "local", "cluster.device=cpu", "cluster.nproc_per_node=2"))
+    assert_twins(run, only_run(tmp_path / "local"))
 
 
 class lost:
