@@ -7,6 +7,7 @@ failed. Run it as `python -m atlas.worker RUN_DIRECTORY`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -15,10 +16,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from atlas.errors import EXIT_FAILED, EXIT_INTERRUPTED, AtlasError
+from atlas import trust
+from atlas.errors import EXIT_FAILED, EXIT_INTERRUPTED, AtlasError, RunBusyError
 from atlas.lock import Holder, Lock
-from atlas.reasons import failure, record
+from atlas.reasons import failure, record, summary
 from atlas.run import Run
 from atlas.stop import Stop
 
@@ -29,13 +32,15 @@ def main(path: str | Path) -> int:
     """Train the run in directory `path` as the rank that the environment says."""
     run = Run(path)
     rank = int(os.environ.get("RANK", 0))
-    run.use_modules()
+    trust.use_modules(run.config_file, run.config["run"]["sys_path"])
     with logged(run, rank):
         try:
             with Stop() as stop, held(run, rank) as lock:
                 return enter(run, lock, stop)
         except (Exception, KeyboardInterrupt) as error:
-            record(run, rank, error)
+            if not isinstance(error, RunBusyError):  # then the records are another process's
+                with contextlib.suppress(OSError):
+                    record(run, rank, error)
             show(run, rank, error)
             return EXIT_FAILED if not isinstance(error, KeyboardInterrupt) else EXIT_INTERRUPTED
 
@@ -78,8 +83,9 @@ def held(run: Run, rank: int) -> Iterator[Lock | None]:
     except BaseException as error:
         if lock.is_mine():
             state, reason = failure(error)
-            if run.status.get("state") == "running":
-                run.update_status(state=state, reason=reason)
+            with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+                if run.status.get("state") == "running":
+                    run.update_status(state=state, reason=reason)
         raise
     finally:
         lock.release()
@@ -111,8 +117,10 @@ def logged(run: Run, rank: int) -> Iterator[None]:
 def show(run: Run, rank: int, error: BaseException) -> None:
     """The error on the terminal and in the rank's log; a person's own code with its traceback."""
     text = "".join(traceback.format_exception(error))
-    with open(run.logs / f"rank{rank}.log", "a") as file:
+    with contextlib.suppress(OSError), open(run.logs / f"rank{rank}.log", "a") as file:
         file.write(text)
+        if (told := run.failure) and not isinstance(error, RunBusyError):
+            file.write(f"{summary(told)}\n")
     if "ATLAS_SUPERVISED" in os.environ:
         return  # the launcher shows what the first rank to fail had to say, once
     if isinstance(error, KeyboardInterrupt):
@@ -124,6 +132,19 @@ def show(run: Run, rank: int, error: BaseException) -> None:
         print(f"the run failed; its log is {run.logs / f'rank{rank}.log'}", file=sys.stderr)
 
 
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, past what its libraries do at the end of a process.
+
+    The threads of a group of ranks, taken apart at the end, now and then wait for a rank that is
+    gone, or abort a process that has done its work; and under Slurm submitit would write a result
+    that nobody reads, and fail where a kill has left half of one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def tell(run: Run) -> None:
     """How the run ended, and what to type next."""
     from atlas.plan import summary
@@ -132,4 +153,4 @@ def tell(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

@@ -38,6 +38,8 @@ class Launcher(abc.ABC):
     name: str
     # Whether `submit` leaves the runs to a queue, so that nobody waits for their end.
     detached: bool = False
+    # Whether the runs are on other machines than this one, whose devices say nothing about them.
+    elsewhere: bool = False
 
     def __init__(self, nodes: int, nproc_per_node: int | str, device: str) -> None:
         self.nodes = nodes

@@ -35,7 +35,9 @@ def explain(error: Exception, conf: Path, check: Callable[[dict[str, Any]], None
             problems += found.problems
             break
         except Exception as found:
-            if not isinstance(found, HydraException | OmegaConfBaseException) and not is_hydras(found):
+            if not isinstance(found, HydraException | OmegaConfBaseException) and not is_hydras(
+                found
+            ):
                 raise
             error = found
             problems.append(words(error))

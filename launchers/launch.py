@@ -86,9 +86,7 @@ def start(main: Callable[[], Any]) -> None:
     """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started."""
     sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
     with reported():
-        sys.argv[1:] = options_first(
-            torchrun.without_launcher_arguments(taken(sys.argv[1:]))
-        )
+        sys.argv[1:] = options_first(torchrun.without_launcher_arguments(taken(sys.argv[1:])))
         if not torchrun.is_torchrun():
             if _is_sweep(sys.argv) and not any(a.startswith("cluster=") for a in sys.argv):
                 warm_context()  # it imports torch while the sweep is composed
@@ -122,7 +120,7 @@ def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
     print(outline(run, config, launcher), flush=True)
     from atlas.training.plan import detail
 
-    print(detail(config, launcher.world_size))
+    print(detail(config, launcher.world_size, launcher.elsewhere))
     if script := launcher.script(run, config):
         print(f"\n{script}")
 
@@ -142,7 +140,9 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     except InterpolationToMissingValueError:
         return _resolve_around_missing(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'the configuration'}: {first_line(error)}") from error
+        raise ConfigError(
+            f"{error.full_key or 'the configuration'}: {first_line(error)}"
+        ) from error
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
 

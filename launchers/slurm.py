@@ -5,7 +5,6 @@ The submitting side is `SlurmLauncher`, what runs in every task of a job is `Tas
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
 import os
@@ -18,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from atlas import worker
 from atlas.config import COUNT, OPTIONAL_COUNT, Key
@@ -36,6 +35,20 @@ from atlas.lock import guarded
 from atlas.plan import summary
 from atlas.run import ROOT, Run
 from launchers.base import Handle, Launcher
+from launchers.squeue import (
+    ENDED,
+    QUERY_S,
+    array_limit,
+    first_host,
+    is_preempted,
+    job_state,
+    output,
+    outside_allocation,
+    queue,
+    seconds,
+    sentence,
+    tested,
+)
 
 KEYS = {
     "cpus_per_task": OPTIONAL_COUNT,
@@ -83,18 +96,6 @@ GPU_REQUESTS = (
     "gpus-per-socket",
     "tres-per-task",
 )
-# What Slurm calls a job that is over. COMPLETING is not here: a job that is being requeued is so
-# called while its old processes end.
-ENDED = (
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
-    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
-)
-# Variables of an allocation that must not reach the jobs submitted from inside it.
-INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_", "TORCHELASTIC_")
-INHERITED_NAMES = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ATLAS_LAUNCHER"),
-)
 CODES = {"finished": EXIT_DONE, "preempted": EXIT_STOPPED, "killed": EXIT_STOPPED}
 # Slurm sends the signal before a time limit up to a minute early (man sbatch, --signal).
 EARLY_S = 60.0
@@ -102,7 +103,6 @@ POLL_S = 2.0
 # How gloo and NCCL say that another rank is gone, and how long srun may take to say which and why.
 PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process", "watchdog")
 SRUN_S = 3.0
-QUERY_S = 60.0  # how long a query to the controller may take
 # Ports below the range that Linux gives to outgoing connections (32768 and above).
 FIRST_PORT, PORTS = 10_000, 20_000
 
@@ -164,7 +164,7 @@ class SlurmLauncher(Launcher):
         known = set(SlurmExecutor._valid_parameters())
         parameters = {k: v for k, v in self._parameters([run]).items() if k in known}
         text = _make_sbatch_string(command=command, folder=folder, **parameters)
-        return text + _tested(text)
+        return text + tested(text)
 
     def submit(self, runs: Sequence[Run]) -> list[Handle]:
         handles: list[Handle] = []
@@ -204,7 +204,7 @@ class SlurmLauncher(Launcher):
                     return [executor.submit(Task(str(runs[0].path))).job_id]
                 jobs = executor.submit_array([Task(str(run.path)) for run in runs])
         except (FailedJobError, FailedSubmissionError) as error:
-            raise AtlasError(f"sbatch refused the job: {_sentence(error)}") from error
+            raise AtlasError(f"sbatch refused the job: {sentence(error)}") from error
         return [job.job_id for job in jobs]
 
     def _parameters(self, runs: Sequence[Run]) -> dict[str, Any]:
@@ -388,28 +388,15 @@ class Task:
         if int(os.environ["RANK"]):
             # Not 75: srun would end rank 0, which has the last metrics to send and the job to
             # requeue.
-            leave(EXIT_DONE if code == EXIT_STOPPED else code)
+            worker.leave(EXIT_DONE if code == EXIT_STOPPED else code)
         settle(Run(self.path), code, handler)
-        leave(code)
+        worker.leave(code)
 
     def checkpoint(self) -> Any:
         """What submitit puts back into the queue: the same task."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with `code`, past submitit and past what C++ does at the end of a process.
-
-    submitit would write a result that nobody reads, and fail where a kill has left half of one. The
-    threads of a process group, taken apart at the end, now and then wait for a rank that is gone,
-    or abort a process that has done its work.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def settle(run: Run, code: int, handler: Any) -> None:
@@ -497,106 +484,15 @@ def rank_environment() -> dict[str, str]:
     return world
 
 
-def first_host(nodes: str) -> str:
-    """The host that rank 0 runs on, from a list such as `n[1-3],m5`."""
-    if not set("[,") & set(nodes):
-        return nodes
-    hosts = _output("scontrol", "show", "hostnames", nodes).split()
-    if not hosts:
-        raise AtlasError(f"scontrol show hostnames {nodes} gave no host; rank 0 cannot be found")
-    return hosts[0]
-
-
 def is_out_of_time(run: Run) -> bool:
     """Whether the run was stopped by the signal before its job's time limit."""
-    left = seconds(_output("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L").strip())
+    left = seconds(output("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%L").strip())
     if left is None:
         return False
     # As it was when the run was saved: since then the last metrics were sent.
     saved = [path.stat().st_mtime for path in run.checkpoints.glob("[0-9]*/meta.json")]
     since = time.time() - max(saved, default=time.time())
     return left + since <= float(run.config["cluster"]["signal_delay_s"]) + EARLY_S
-
-
-def is_preempted() -> bool:
-    """Whether Slurm ends this job for another one; with a grace time it says so by SIGTERM."""
-    job = _output("scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"])
-    fields = dict(part.partition("=")[::2] for part in job.split())
-    return fields.get("PreemptTime", "None") != "None"
-
-
-def seconds(left: str) -> float | None:
-    """squeue's `[days-]hours:minutes:seconds` (or fewer of them); None where it is no time."""
-    days, _, clock = left.rpartition("-")
-    try:
-        total = 0.0
-        for part in clock.split(":"):
-            total = 60 * total + float(part)
-        return 86400 * float(days or 0) + total
-    except ValueError:
-        return None
-
-
-def job_state(job_id: str) -> str | None:
-    """Slurm's word for a job that is queued, running or has just ended, such as PENDING.
-
-    None: the controller does not know it, so it ended minutes ago or never was. Asks squeue, which
-    needs no accounting; raises `AtlasError` where the controller cannot be asked.
-    """
-    found = queue(["-j", str(job_id)]).get(str(job_id))
-    return found[0] if found else None
-
-
-def queue(selection: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """State and script of every job of `selection` (arguments of squeue) by job id."""
-    try:
-        done = subprocess.run(
-            ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%o", *selection],
-            capture_output=True,
-            text=True,
-            timeout=QUERY_S,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise AtlasError(f"Slurm's queue cannot be read: {error}") from error
-    if done.returncode and "Invalid job id" not in done.stderr:
-        raise AtlasError(f"Slurm's queue cannot be read: {_sentence(done.stderr)}")
-    rows = (line.split("|", 2) for line in done.stdout.splitlines())
-    return {job: (state, script) for job, state, script in rows}
-
-
-def array_limit() -> int:
-    """The largest number of tasks in a job array here (MaxArraySize)."""
-    for line in _output("scontrol", "show", "config").splitlines():
-        name, _, value = line.partition("=")
-        if name.strip() == "MaxArraySize":
-            return max(1, int(value))
-    return 1000
-
-
-def _output(*command: str) -> str:
-    """What one of Slurm's commands prints; nothing where it cannot be asked."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
-
-
-@contextlib.contextmanager
-def outside_allocation() -> Iterator[None]:
-    """Within a job's environment: without what would be taken for options of a new job.
-
-    Outside of a job nothing changes; SBATCH_* variables are then the person's own defaults.
-    """
-    before = dict(os.environ)
-    if "SLURM_JOB_ID" in before:
-        for name in {*before} - {"SLURM_CONF"}:
-            if name in INHERITED_NAMES or name.startswith(INHERITED):
-                del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(before)
 
 
 def _is_slurms(run: Run) -> bool:
@@ -664,22 +560,3 @@ def _python() -> str:
     The signal ends a process that has no handler yet, and the job would count as failed.
     """
     return f'sh -c \'trap "" USR2; exec "$0" "$@"\' {shlex.quote(sys.executable)}'
-
-
-def _tested(script: str) -> str:
-    """What Slurm says of `script` without queueing it, as a comment."""
-    if not shutil.which("sbatch"):
-        return "\n# sbatch --test-only: there is no sbatch on this machine"
-    with outside_allocation():
-        done = subprocess.run(
-            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=QUERY_S
-        )
-    return f"\n# sbatch --test-only: {_sentence(done.stderr or done.stdout)}"
-
-
-def _sentence(error: object) -> str:
-    """Slurm's messages in one line, less the name of the command."""
-    lines = (
-        line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).split("\n")
-    )
-    return "; ".join(line.strip() for line in lines if line.strip())

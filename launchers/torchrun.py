@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from atlas import worker
-from atlas.errors import EXIT_FAILED, ConfigError
+from atlas.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from atlas.run import Run
 from launchers.base import Handle, Launcher
 from launchers.local import Ended
@@ -51,14 +51,18 @@ class TorchrunLauncher(Launcher):
 def main(compose: Callable[[], Any]) -> None:
     """Rank 0 runs `compose`; the others wait for the run that comes of it and join."""
     if os.environ["RANK"] != "0":
-        raise SystemExit(_follow())
+        worker.leave(_follow())
     try:
         compose()
         publish("0")  # nothing was started: a plan was printed, or the run is finished
-    except BaseException as error:
-        code = error.code if isinstance(error, SystemExit) else EXIT_FAILED
-        publish(str(code if isinstance(code, int) else EXIT_FAILED))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else EXIT_FAILED
+        publish(str(code))
+        worker.leave(code)
+    except BaseException:
+        publish(str(EXIT_FAILED))
         raise
+    worker.leave(EXIT_DONE)
 
 
 def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from atlas.identity import effective_batch
@@ -14,14 +15,21 @@ from atlas.training.build import Parts, base_lr, build
 from atlas.training.trainer import validation_interval
 
 
-def detail(config: Mapping[str, Any], world_size: int) -> str:
-    """Data, parameters and rates of a run; builds its model and data, and writes nothing."""
-    device = distributed.choose_device(config["cluster"]["device"], 0)
+def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) -> str:
+    """Data, parameters and rates of a run; builds its model and data, and writes nothing.
+
+    `elsewhere`: the run is for another machine, so that what this one can compute on and in which
+    precision does not matter.
+    """
+    wanted = config["cluster"]["device"]
+    device = torch.device("cpu") if elsewhere else distributed.choose_device(wanted, 0)
+    if elsewhere:
+        config = {**config, "trainer": {**config["trainer"], "precision": "fp32"}}
     parts = build(config, world_size, device)
     multipliers = {group.name: group.multiplier for group in parts.groups}
     return "\n".join(
         [
-            table(data_rows(config, parts, world_size, str(device))),
+            table(data_rows(config, parts, world_size, wanted if elsewhere else str(device))),
             "",
             parameters(parts),
             "",

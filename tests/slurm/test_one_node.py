@@ -39,7 +39,8 @@ from jobs import (
 from atlas.errors import RunBusyError
 from atlas.run import Command, Run
 from launchers.launch import resolve
-from launchers.slurm import SlurmLauncher, array_limit, job_state
+from launchers.slurm import SlurmLauncher
+from launchers.squeue import array_limit, job_state
 
 pytestmark = pytest.mark.usefixtures("one_node")
 SLOW = ("model.pause=0.1", "trainer.save_interval=null")

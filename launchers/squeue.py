@@ -1,0 +1,135 @@
+"""Asking Slurm: its queue, its jobs, its limits; needs neither submitit nor accounting."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+
+from atlas.errors import AtlasError
+
+# What Slurm calls a job that is over. COMPLETING is not here: a job that is being requeued is so
+# called while its old processes end.
+ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
+)
+# Variables of an allocation that must not reach the jobs submitted from inside it.
+INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_", "TORCHELASTIC_")
+INHERITED_NAMES = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ATLAS_LAUNCHER"),
+)
+QUERY_S = 60.0  # how long a query to the controller may take
+
+
+def job_state(job_id: str) -> str | None:
+    """Slurm's word for a job that is queued, running or has just ended, such as PENDING.
+
+    None: the controller does not know it, so it ended minutes ago or never was. Asks squeue, which
+    needs no accounting; raises `AtlasError` where the controller cannot be asked.
+    """
+    found = queue(["-j", str(job_id)]).get(str(job_id))
+    return found[0] if found else None
+
+
+def queue(selection: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """State and script of every job of `selection` (arguments of squeue) by job id."""
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%o", *selection],
+            capture_output=True,
+            text=True,
+            timeout=QUERY_S,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AtlasError(f"Slurm's queue cannot be read: {error}") from error
+    if done.returncode and "Invalid job id" not in done.stderr:
+        raise AtlasError(f"Slurm's queue cannot be read: {sentence(done.stderr)}")
+    rows = (line.split("|", 2) for line in done.stdout.splitlines())
+    return {job: (state, script) for job, state, script in rows}
+
+
+def array_limit() -> int:
+    """The largest number of tasks in a job array here (MaxArraySize)."""
+    for line in output("scontrol", "show", "config").splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize":
+            return max(1, int(value))
+    return 1000
+
+
+def output(*command: str) -> str:
+    """What one of Slurm's commands prints; nothing where it cannot be asked."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def first_host(nodes: str) -> str:
+    """The host that rank 0 runs on, from a list such as `n[1-3],m5`."""
+    if not set("[,") & set(nodes):
+        return nodes
+    hosts = output("scontrol", "show", "hostnames", nodes).split()
+    if not hosts:
+        raise AtlasError(f"scontrol show hostnames {nodes} gave no host; rank 0 cannot be found")
+    return hosts[0]
+
+
+def is_preempted() -> bool:
+    """Whether Slurm ends this job for another one; with a grace time it says so by SIGTERM."""
+    job = output("scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"])
+    fields = dict(part.partition("=")[::2] for part in job.split())
+    return fields.get("PreemptTime", "None") != "None"
+
+
+def seconds(left: str) -> float | None:
+    """squeue's `[days-]hours:minutes:seconds` (or fewer of them); None where it is no time."""
+    days, _, clock = left.rpartition("-")
+    try:
+        total = 0.0
+        for part in clock.split(":"):
+            total = 60 * total + float(part)
+        return 86400 * float(days or 0) + total
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def outside_allocation() -> Iterator[None]:
+    """Within a job's environment: without what would be taken for options of a new job.
+
+    Outside of a job nothing changes; SBATCH_* variables are then the person's own defaults.
+    """
+    before = dict(os.environ)
+    if "SLURM_JOB_ID" in before:
+        for name in {*before} - {"SLURM_CONF"}:
+            if name in INHERITED_NAMES or name.startswith(INHERITED):
+                del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def tested(script: str) -> str:
+    """What Slurm says of `script` without queueing it, as a comment."""
+    if not shutil.which("sbatch"):
+        return "\n# sbatch --test-only: there is no sbatch on this machine"
+    with outside_allocation():
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=QUERY_S
+        )
+    return f"\n# sbatch --test-only: {sentence(done.stderr or done.stdout)}"
+
+
+def sentence(error: object) -> str:
+    """Slurm's messages in one line, less the name of the command."""
+    lines = (
+        line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).split("\n")
+    )
+    return "; ".join(line.strip() for line in lines if line.strip())
