@@ -124,7 +124,7 @@ def test_a_wrong_command_loads_nothing_heavy(tmp_path):
         ("transformers", ("atlas/models/",)),
         ("pyarrow", ("atlas/data/",)),
         ("av", ("atlas/data/",)),
-        ("matplotlib", ("atlas/report.py",)),
+        ("matplotlib", ("atlas/report.py", "atlas/trajectories.py")),
         (
             "hydra",
             (
@@ -157,6 +157,7 @@ def test_imports_run_one_way():
 
 def test_training_is_entered_inside_functions():
     cheap = {f for f in files_importing("atlas.training", module_level=True) if f.count("/") < 2}
+    cheap.remove("launchers/warm.py")  # which only the process that ranks are forked from imports
     assert {f for f in cheap if f.startswith(("atlas/", "launchers/", "train.py"))} == set()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,30 @@ def test_vision_sees_order_and_resizes() -> None:
     features = vision(torch.randint(0, 256, (2, 3, 64, 80), dtype=torch.uint8))
     assert features.shape == (2, 4 * 6, 16) and vision.grid == (4, 6)
     assert not torch.allclose(features[0, 0], features[0, 1])
+
+
+def test_views_are_kept_apart_and_features_can_be_given(model: VLA, data: Tabletop) -> None:
+    batch = data.batch(range(3))
+    features = model.vision.encode(batch["images"])
+    assert features.shape == (3, 2, model.vision.grid[0] * model.vision.grid[1], model.vision.width)
+    assert torch.allclose(features[1, 1], model.vision(batch["images"][1, 1:])[0], atol=1e-5)
+    seen = {key: value for key, value in batch.items() if key != "images"}
+    exact, half = {**seen, "features": features}, {**seen, "features": features.half()}
+    assert torch.equal(model(exact)["loss"], model(batch)["loss"])
+    assert torch.equal(model.act(exact), model.act(batch))
+    assert torch.allclose(model.act(half), model.act(batch), atol=1e-2)
+    assert model(half)["loss"].dtype == torch.float32
+
+
+def test_a_vision_tells_what_determines_its_features() -> None:
+    encoders = [
+        VisionTransformer([56, 56]),
+        VisionTransformer([56, 56], heads=8),
+        VisionTransformer([56, 56], patch=14),
+        VisionTransformer([64, 80], resize=[28, 42]),
+    ]
+    prints = [json.dumps(encoder.fingerprint(), sort_keys=True) for encoder in encoders]
+    assert len(set(prints)) == len(prints)
 
 
 def test_dropout_is_off_by_default_and_in_eval_mode(data: Tabletop) -> None:

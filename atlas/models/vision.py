@@ -1,8 +1,9 @@
-"""A small vision transformer with register tokens."""
+"""Vision encoders: what they offer, and a small vision transformer with register tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,31 @@ from atlas.errors import ConfigError
 from atlas.models.transformer import Block
 
 
-class VisionTransformer(nn.Module):
-    """Images to a feature for each patch.
+class VisionEncoder(nn.Module):
+    """Views of a scene to a feature for each of their patches.
+
+    `forward` takes uint8 images [B, V, 3, H, W] and returns [B, V, P, width], the patches row by
+    row. `grid`: rows and columns of a view's patches, P = rows x columns.
+    """
+
+    grid: tuple[int, int]
+    width: int
+
+    def encode(self, images: Tensor) -> Tensor:
+        """`forward` by another name: what a cache of features calls."""
+        features: Tensor = self(images)
+        return features
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Plain values that, beside the weights, determine what `encode` returns.
+
+        `views` tells whether a view's features depend on the other views and on their order.
+        """
+        raise NotImplementedError
+
+
+class VisionTransformer(VisionEncoder):
+    """Images to a feature for each patch, each image by itself.
 
     image_size: [H, W] of the data set's images. resize: [H, W] that images of any size are
     brought to; None leaves them as they are. What results must be divisible by `patch`.
@@ -50,8 +74,8 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: uint8 [N, 3, H, W]; returns [N, patches, width], row by row."""
-        pixels = images.to(self.position_embedding.dtype) / 127.5 - 1.0
+        """images: uint8 [..., 3, H, W]; returns [..., patches, width]."""
+        pixels = images.flatten(0, -4).to(self.position_embedding.dtype) / 127.5 - 1.0
         if pixels.shape[-2:] != self.image_size:
             pixels = F.interpolate(pixels, self.image_size, mode="bilinear", antialias=True)
         patches = self.embed(pixels).flatten(2).transpose(1, 2) + self.position_embedding
@@ -60,4 +84,16 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         features: Tensor = self.norm(tokens[:, len(self.register_tokens) :])
-        return features
+        return features.unflatten(0, images.shape[:-3])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The weights' shapes tell the rest."""
+        return {
+            "encoder": "VisionTransformer",
+            "image_size": list(self.image_size),
+            "grid": list(self.grid),
+            "heads": [block.heads for block in self.blocks],
+            "views": "each by itself",
+            "dtype": str(self.position_embedding.dtype),
+            "preprocessing": "bilinear with antialiasing, -1 to 1",
+        }

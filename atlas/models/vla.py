@@ -18,7 +18,8 @@ class VLA(nn.Module):
 
     spec: what a data set says of itself (`train.spec`): `cameras`, `image_size`, `state_dim`,
     `history`, `action_dim`, `horizon`, `vocabulary`, `relative` and the training split's
-    `statistics` (of `state`, `actions` and, where states have a history, `velocity`). The parts are factories that are called with the sizes that follow from it.
+    `statistics` (of `state`, `actions` and, where states have a history, `velocity`). The parts are
+    factories that are called with the sizes that follow from it.
     Statistics are buffers, so a checkpoint's weights come with the units that they act in.
     """
 
@@ -66,27 +67,29 @@ class VLA(nn.Module):
 
         batch: `images` uint8 [B, V, 3, H, W], `state` [B, K, S] and `actions` [B, T, A] in their
         own units, `instruction` a list of B strings, `action_mask` [B, T], True where valid.
-        Returns `loss`, the L1 of normalised actions, `weight`, how many valid elements it is the
-        mean of, and `l1`, the same error in the actions' own units; all 0 where none is valid.
+        `features` [B, V, P, C], what the vision module returns for the images, may stand in for
+        them. Returns `loss`, the head's error of normalised actions, `weight`, how many valid
+        elements it is the mean of, and, where the head knows them, `l1`, the L1 of the actions it
+        would take in their own units; all 0 where none is valid.
         """
         mask = batch["action_mask"]
         actions = self._shift(batch["actions"], batch["state"], -1)
         target = (actions - self.actions_mean) / self.actions_std
-        errors = self.action_head.errors(self._predict(batch), target, mask)
+        errors, distances = self.action_head.errors(self._join(batch), target, mask)
         weight = mask.sum().float() * self.action_dim
         count = weight.clamp(min=1.0)
-        return {
-            "loss": errors.sum() / count,
-            "weight": weight,
-            "l1": (errors.detach() * self.actions_std).sum() / count,
-        }
+        out = {"loss": errors.sum() / count, "weight": weight}
+        if distances is not None:
+            out["l1"] = (distances.detach() * self.actions_std).sum() / count
+        return out
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
         """[B, T, A] actions in their own units, from raw observations on any device."""
         device = self.actions_mean.device
-        batch = {**batch, "images": batch["images"].to(device), "state": batch["state"].to(device)}
-        actions = self._predict(batch).float() * self.actions_std + self.actions_mean
+        seen = {n: batch[n].to(device) for n in ("images", "features", "state") if n in batch}
+        batch = {**batch, **seen}
+        actions = self.action_head(self._join(batch)).float() * self.actions_std + self.actions_mean
         return self._shift(actions, batch["state"], 1)
 
     def _shift(self, actions: Tensor, state: Tensor, sign: int) -> Tensor:
@@ -95,13 +98,21 @@ class VLA(nn.Module):
             return actions
         return actions + sign * state[:, -1:, : self.action_dim]
 
-    def _predict(self, batch: Batch) -> Tensor:
-        images = batch["images"]
-        patches = self.vision(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    def _join(self, batch: Batch) -> Tensor:
+        """[B, width]: all that is seen, asked for and known of the robot."""
+        patches = self._see(batch)
         language = self.lang_encoder(batch["instruction"])
-        features = self.fusion(patches, language, self._describe(batch["state"]))
-        actions: Tensor = self.action_head(features)
-        return actions
+        joined: Tensor = self.fusion(patches, language, self._describe(batch["state"]))
+        return joined
+
+    def _see(self, batch: Batch) -> Tensor:
+        """[B, V, P, C] features: those of the batch, or else those of its images."""
+        if "features" in batch:
+            # Kept in float16, and computed with in what the rest is.
+            features: Tensor = batch["features"].to(self.actions_mean.dtype)
+        else:
+            features = self.vision(batch["images"])
+        return features
 
     def _describe(self, state: Tensor) -> Tensor:
         """[B, K * S]: the last state and the changes that led to it, each in its own scale.
