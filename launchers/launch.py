@@ -175,6 +175,9 @@ def reported() -> Iterator[None]:
             raise
         print(f"error: {explain(error, ROOT / 'conf', check)}", file=sys.stderr)
         raise SystemExit(1) from None
+    except BrokenPipeError:  # `… dry_run=true | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(0) from None
 
 
 def own_modules(hydra: Any) -> list[str]:
