@@ -111,21 +111,70 @@ def verify(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN, where to compute, and where to write."""
+    run_argument(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--out", help="folder for evaluation.json and .png (default: the run's directory)"
+    )
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a run's policy on its held-out episodes, beside what needs no network."""
+    from pathlib import Path
+
+    from atlas.run import Run
+    from atlas.training.evaluate import evaluate, table
+
+    run = Run.find(args.run, args.outputs)
+    out = Path(args.out) if args.out else None
+    print(table(evaluate(run, args.device, out)))
+    print(f"\nwritten to {out or run.path}: evaluation.json, evaluation.png")
+    return EXIT_DONE
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN, and where to write."""
+    run_argument(parser)
+    parser.add_argument("--out", required=True, help="a new folder for the policy")
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write a run's policy as a folder of safetensors and JSON."""
+    from pathlib import Path
+
+    from atlas.run import Run
+    from atlas.training.export import write
+
+    for file in write(Run.find(args.run, args.outputs), Path(args.out)):
+        print(f"{file}  {file.stat().st_size:,} bytes")
+    return EXIT_DONE
+
+
 COMMANDS = {
     "sync": Command("send a run's metrics to MLflow and draw its report", sync_arguments, sync),
     "verify-resume": Command(
-        "run a model straight and with a kill, and compare both to the bit", verify_arguments, verify
+        "run a model straight and with a kill, and compare both to the bit",
+        verify_arguments,
+        verify,
     ),
+    "evaluate": Command(
+        "measure a run's policy on its held-out episodes", evaluate_arguments, evaluate
+    ),
+    "export": Command("write a run's policy as safetensors and JSON", export_arguments, export),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what a person can put right is a message, not a traceback."""
+    from atlas.trust import taken
+
     parser = argparse.ArgumentParser(prog="atlas", description="Look after Atlas runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(taken(sys.argv[1:] if argv is None else argv))
     try:
         return COMMANDS[args.command].run(args)
     except AtlasError as error:

@@ -36,6 +36,10 @@ class NonFiniteError(AtlasError):
     """The loss or the gradient was NaN or infinite."""
 
 
+class BadSampleError(Exception):
+    """A sample that cannot be read; with a traceback, as the cause can be a person's own code."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'? There are: a, b` for an error message about an unknown name."""
     choices = sorted(set(choices))

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from atlas import trust
 from atlas.errors import AtlasError, ConfigError
 from atlas.identity import CUT, effective_batch, flat, identity, is_excluded
 from atlas.run import Command, Run
@@ -21,8 +22,10 @@ def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
     The run's own overrides and modules become those of `command`.
     """
     run = Run.find(str(config["resume"]), config["outputs"])
-    adopted = copy.deepcopy(run.config)
-    head = adopted.pop("run")
+    head = run.config["run"]
+    trust.use_modules(run.config_file, head["sys_path"])
+    adopted = copy.deepcopy(trust.config_of(run))
+    del adopted["run"]
     typed = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in command.overrides]
     foreign = [k for k in typed if not is_excluded(k) and k not in CUT]
     if foreign:
@@ -37,7 +40,8 @@ def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
         if key not in LOCATORS:
             _copy(config, adopted, key.replace("/", "."))
     command.overrides = head["overrides"]
-    command.sys_path = list(dict.fromkeys([*command.sys_path, *head["sys_path"]]))
+    if trust.is_own(run.config_file) or trust.trusted():
+        command.sys_path = list(dict.fromkeys([*command.sys_path, *head["sys_path"]]))
     adopted["resume"] = config["resume"]
     adopted["outputs"] = str(run.path.parent.parent)
     return adopted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import glob
 import json
 import shlex
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from atlas.code import code_state
+from atlas.config import without_secret
 from atlas.errors import AtlasError, RunBusyError
 from atlas.identity import identity, run_id
 from atlas.lock import Lock, guarded, replace
@@ -76,6 +78,15 @@ class Run:
         return self.path / "report.png"
 
     @property
+    def evaluation_file(self) -> Path:
+        """What `atlas evaluate` has measured."""
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_picture(self) -> Path:
+        return self.path / "evaluation.png"
+
+    @property
     def mlflow_file(self) -> Path:
         """What the shipper remembers: the MLflow run and how far the journal has been sent."""
         return self.path / "mlflow.json"
@@ -97,9 +108,7 @@ class Run:
 
     def use_modules(self) -> None:
         """Put the folders of the person's own modules on `sys.path`, as they were at submit."""
-        for entry in reversed(self.config["run"]["sys_path"]):
-            if entry not in sys.path:
-                sys.path.insert(0, entry)
+        use_modules(self.config["run"]["sys_path"])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -142,7 +151,7 @@ class Run:
         """The run that `reference` names: a directory, or an id (or its unique beginning)."""
         if (Path(reference) / "config.yaml").exists():
             return cls(reference)
-        found = sorted(Path(outputs).glob(f"*/{reference}*/config.yaml"))
+        found = sorted(Path(outputs).glob(f"*/{glob.escape(reference)}*/config.yaml"))
         exact = [path for path in found if path.parent.name == reference]
         if len(exact or found) == 1:
             return cls((exact or found)[0].parent)
@@ -235,10 +244,17 @@ class Command:
         self.overrides = list(overrides)
         self.sweep: str | None = None  # id of the sweep that the run is part of
         self.sys_path = [str(Path(entry).absolute()) for entry in sys_path]
-        self.line = shlex.join(["python", *sys.orig_argv[1:]])
+        self.line = shlex.join(["python", *map(without_secret, sys.orig_argv[1:])])
         self.code = code_state(Path(self.sys_path[0]) if self.sys_path else ROOT)
         if self.sys_path:
             self.code["atlas"] = code_state(ROOT)["digest"]
+
+
+def use_modules(folders: Sequence[str]) -> None:
+    """Put `folders` on `sys.path`, in their order, ahead of what is there."""
+    for entry in reversed(folders):
+        if entry not in sys.path:
+            sys.path.insert(0, entry)
 
 
 def when(seconds: float) -> str:

@@ -6,8 +6,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # What a stop means, by signal: the state that the run is left in, and the words for it.
 STATES = {
@@ -19,11 +22,16 @@ STATES = {
 CODES = (None, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
+class StopWaiting(BaseException):
+    """A stop was asked for while data was waited for; no data set's own `except` catches it."""
+
+
 class Stop:
     """A context in which the signals above only set `signal`; a second Ctrl-C leaves at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._waiting = False
         self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
@@ -42,6 +50,16 @@ class Stop:
         """The request as a number that ranks can compare: 0 for none."""
         return CODES.index(self.signal)
 
+    def wait(self, get: Callable[[], T]) -> T:
+        """`get()`, given up with `StopWaiting` as soon as a stop is asked for."""
+        self._waiting = True
+        try:
+            if self.signal:
+                raise StopWaiting
+            return get()
+        finally:
+            self._waiting = False
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a forked data worker inherits the handler; the signal is not for it
@@ -51,3 +69,5 @@ class Stop:
         if number == signal.SIGINT and "ATLAS_SUPERVISED" not in os.environ:
             message = "\nstopping after this step and saving; Ctrl-C again leaves at once\n"
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+        if self._waiting:
+            raise StopWaiting

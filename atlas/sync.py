@@ -270,7 +270,8 @@ class Shipping:
         """Artifacts; and the run's state, once nobody writes it any more."""
         store, before = self._opened(), dict(self._record.uploaded)
         store.upload_config(self.run, self._record)
-        store.upload(self.run.report_file, self._record)
+        for file in (self.run.report_file, self.run.evaluation_file, self.run.evaluation_picture):
+            store.upload(file, self._record)
         if over and self._config["tracking"].get("log_best"):
             store.upload(self.run.checkpoints / "best", self._record)
         if over:

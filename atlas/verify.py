@@ -81,7 +81,12 @@ class Trial:
 
     @classmethod
     def of(
-        cls, folder: Path, options: Sequence[str], overrides: Sequence[str], steps: int, at: int | None
+        cls,
+        folder: Path,
+        options: Sequence[str],
+        overrides: Sequence[str],
+        steps: int,
+        at: int | None,
     ) -> Trial:
         """The trial of `overrides`, shortened to `steps` updates."""
         command = [sys.executable, str(ROOT / "train.py"), *options, *overrides]
@@ -193,9 +198,7 @@ def shortened(config: Mapping[str, Any], steps: int, kill_at: int) -> Iterator[s
 
 def first_difference(straight: Run, resumed: Run) -> str | None:
     """The first loss, rate, sample id, weight or other state in which the runs differ."""
-    found = itertools.chain(
-        _samples_differ(straight, resumed), _points_differ(straight, resumed)
-    )
+    found = itertools.chain(_samples_differ(straight, resumed), _points_differ(straight, resumed))
     if text := next(found, None):
         return text
     from atlas.training.twins import first_difference as of_checkpoints

@@ -169,15 +169,15 @@ def reported() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
     try:
         yield
+    except BrokenPipeError:  # `… dry_run=true | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(0) from None
     except Exception as error:
         known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
         if FULL_ERROR or not (known or is_hydras(error)):
             raise
         print(f"error: {explain(error, ROOT / 'conf', check)}", file=sys.stderr)
         raise SystemExit(1) from None
-    except BrokenPipeError:  # `… dry_run=true | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(0) from None
 
 
 def own_modules(hydra: Any) -> list[str]:

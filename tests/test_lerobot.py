@@ -18,83 +18,31 @@ import pytest
 import torch
 
 av = pytest.importorskip("av", reason="av is not installed (extra vla)")
-pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra vla)")
-parquet = pytest.importorskip("pyarrow.parquet")
+pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra vla)")
 
+from robot import (  # noqa: E402
+    FPS,
+    LENGTHS,
+    TASKS,
+    columns,
+    edit_info,
+    grey,
+    states,
+    write_folder,
+    write_table,
+    write_v3,
+    write_video,
+)
+
+from atlas.data.arrays import open_array  # noqa: E402
+from atlas.data.augment import Augment  # noqa: E402
 from atlas.data.lerobot import LeRobot  # noqa: E402
-from atlas.data.video import Video, open_frames  # noqa: E402
+from atlas.data.video import Video  # noqa: E402
 from atlas.errors import ConfigError  # noqa: E402
 
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HEIGHT, WIDTH, FPS = 48, 64, 10
-LENGTHS = (9, 7, 8)
-TASKS = ("Pick up the red-ish Ball!", "Open the drawer 2x")
-
-
-def grey(episode: int, frame: int) -> int:
-    """What all pixels of a frame are, so that a frame can be told by them."""
-    return (20 + 60 * episode + 12 * frame) % 240
-
-
-def states(episode: int, length: int) -> np.ndarray:
-    """A joint that tells episode and row, one that moves smoothly, and one that does not move."""
-    rows = np.arange(length)
-    return np.stack([100.0 * episode + rows, np.sin(rows + episode), 0 * rows], 1).astype("f4")
-
-
-def write_video(path: Path, greys: list[int], fps: int = FPS) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        stream.bit_rate = 10_000_000  # so that a grey stays what it was
-        for value in greys:
-            image = np.full((HEIGHT, WIDTH, 3), value, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def write_table(root: Path, episode: int, columns: dict[str, Any]) -> None:
-    path = root / f"data/chunk-00{episode // 2}/episode_{episode:06d}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {key: list(value) if value.ndim > 1 else value for key, value in columns.items()}
-    parquet.write_table(pyarrow.table(arrays), path)
-
-
-def columns(episode: int, length: int, lead: float = 0.5) -> dict[str, np.ndarray]:
-    """State, an action that is the state plus `lead`, and the row's task."""
-    state = states(episode, length)
-    task = np.full(length, episode % len(TASKS))
-    return {"observation.state": state, "action": state + np.float32(lead), "task_index": task}
-
-
-def write_folder(root: Path, lengths: tuple[int, ...] = LENGTHS, lead: float = 0.5) -> Path:
-    """A folder of format v2.1 with a camera "top" and a camera "hand" (darker by 6)."""
-    (root / "meta").mkdir(parents=True)
-    vector = {"dtype": "float32", "shape": [3]}
-    video = {"dtype": "video", "shape": [HEIGHT, WIDTH, 3]}
-    features = {"observation.state": vector, "action": vector, "top": video, "hand": video}
-    info = {
-        "codebase_version": "v2.1",
-        "fps": FPS,
-        "chunks_size": 2,
-        "features": features,
-        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
-        "video_path": "videos/{video_key}/{episode_chunk:03d}-{episode_index:06d}.mp4",
-    }
-    (root / "meta/info.json").write_text(json.dumps(info))
-    tasks = [{"task_index": i, "task": task} for i, task in enumerate(TASKS)]
-    (root / "meta/tasks.jsonl").write_text("".join(json.dumps(t) + "\n" for t in tasks))
-    episodes = [{"episode_index": i, "length": n} for i, n in enumerate(lengths)]
-    (root / "meta/episodes.jsonl").write_text("".join(json.dumps(e) + "\n" for e in episodes))
-    for episode, length in enumerate(lengths):
-        write_table(root, episode, columns(episode, length, lead))
-        for camera, darker in (("top", 0), ("hand", 6)):
-            greys = [grey(episode, frame) - darker for frame in range(length)]
-            write_video(root / f"videos/{camera}/{episode // 2:03d}-{episode:06d}.mp4", greys)
-    return root
 
 
 @pytest.fixture(scope="session")
@@ -212,14 +160,6 @@ def test_missing_episodes_are_counted_and_left_out(
         open_split(root, on_missing="error")
 
 
-def edit_info(**changes: Any) -> Callable[[Path], None]:
-    def edit(root: Path) -> None:
-        path = root / "meta/info.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return edit
-
-
 def unlink(name: str) -> Callable[[Path], None]:
     return lambda root: (root / name).unlink()
 
@@ -258,7 +198,7 @@ EPISODE_1 = "episode_000001.parquet"
     [
         (unlink("meta/info.json"), {}, ["data.root=", "no meta/info.json"]),
         (cut("meta/info.json", 0.5), {}, ["info.json: is not JSON"]),
-        (edit_info(codebase_version="v3.0"), {}, ["codebase_version=v3.0 is not supported"]),
+        (edit_info(codebase_version="v1.6"), {}, ["codebase_version=v1.6 is not supported"]),
         (edit_info(fps=None), {}, ["info.json: lacks fps"]),
         (unlink("meta/tasks.jsonl"), {}, ["tasks.jsonl: cannot be read"]),
         (cut("meta/episodes.jsonl", 0.9), {}, ["episodes.jsonl, line 3: is not JSON"]),
@@ -334,6 +274,174 @@ def test_importing_loads_neither_pyarrow_nor_av() -> None:
     assert out.stdout.split() == [b"[]"]
 
 
+@pytest.mark.parametrize("files", [(0, 0, 0), (0, 0, 1), (1, 0, 0)])
+@pytest.mark.parametrize("task_column", ["task", "__index_level_0__"])
+def test_v3_gives_the_samples_of_v2(
+    root: Path, tmp_path: Path, files: tuple[int, ...], task_column: str
+) -> None:
+    other = write_v3(tmp_path / "v3", files=files, task_column=task_column)
+    for split in ("train", "val"):
+        old, new = open_split(root, split), open_split(other, split)
+        assert (len(old), old.episodes, old.spec) == (len(new), new.episodes, new.spec)
+        ids = list(range(len(old)))
+        a, b = old.batch(ids), new.batch(ids)
+        for key in ("state", "actions", "action_mask"):
+            assert torch.equal(a[key], b[key]), key
+        assert a["instruction"] == b["instruction"]
+        far = (a["images"].int() - b["images"].int()).abs().max()
+        assert far < 5, "encoded in another file, a frame may differ by the codec, not by a frame"
+
+
+def test_a_stretch_of_a_video_is_found_from_the_key_frame_before(tmp_path: Path) -> None:
+    path = tmp_path / "long.mp4"
+    greys = [3 * n for n in range(80)]
+    write_video(path, greys)
+    read = 0
+
+    class Counting(Video):
+        def _from_start(self, container: Any, stream: Any) -> Any:
+            nonlocal read
+            for frame in super()._from_start(container, stream):
+                read += 1
+                yield frame
+
+    frames = np.stack(list(Counting(path, 5, FPS, start=7.0).decode(6, 8)))
+    assert abs(frames.mean((1, 2, 3)) - greys[70:75]).max() < 4
+    assert read == 5
+    with av.open(str(path)) as container:
+        container.seek(
+            int(7.0 / container.streams.video[0].time_base), stream=container.streams.video[0]
+        )
+        assert next(container.decode(video=0)).time > 5, "decoded from a key frame nearby"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"length": 9}, ["episode 2 has length=9, but goes from row 16 to 24"]),
+        ({"length": 9, "dataset_to_index": 25}, ["has 8 rows of episode 2", "length=9"]),
+        ({"videos/top/from_timestamp": 0.5}, ["has 3 frames from 0.5 s on, its table 8 rows"]),
+        ({"data/file_index": 7}, ["1 of the 3 episodes", "not there: 2", "file-007.parquet"]),
+    ],
+)
+def test_what_is_wrong_with_v3_is_named(
+    root: Path, tmp_path: Path, row: dict[str, Any], said: list[str]
+) -> None:
+    other = write_v3(tmp_path / "v3", **row)
+    with pytest.raises(ConfigError) as raised:
+        open_split(other, "val", on_missing="error").prepare()
+    assert [part for part in said if part not in str(raised.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("nowhere", {}, "no such folder"),
+        ("lab/recordings", {}, r"data\.revision=TAG_OR_COMMIT"),
+        ("lab/recordings", {"revision": "v3.0"}, "hf download lab/recordings .*--revision v3.0"),
+    ],
+)
+def test_hub_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], said: str
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        LeRobot(name, **options)
+
+
+def test_a_hub_name_is_read_from_the_hubs_own_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked = {}
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(root)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    data = LeRobot("lab/recordings", revision="abc", val_episodes=1)
+    assert len(data) == 16
+    assert asked == {"name": "lab/recordings", "repo_type": "dataset", "revision": "abc"}
+    with pytest.raises(ConfigError, match=r"data\.revision=abc is for data sets on the hub"):
+        LeRobot(root, revision="abc")
+
+
+@pytest.mark.parametrize(("interval", "step"), [(None, 1), (0.1, 1), (0.2, 2), (0.3, 3)])
+def test_chunks_by_time(root: Path, interval: float | None, step: int) -> None:
+    data = open_split(root, interval=interval)
+    _, actions, mask = data._vectors(data._row[:1])
+    assert actions[0, :, 0].tolist() == [min(step * k, 8) + 0.5 for k in range(4)]
+    assert mask[0].tolist() == [step * k < 9 for k in range(4)]
+    assert data.spec["interval"] == pytest.approx(step / FPS)
+    follow = open_split(root, interval=interval, action_key=None)
+    assert follow.action_offset == step
+
+
+def test_an_interval_is_a_number_of_frames(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.interval=0\.25 s is 2\.5 frames .* such as 0\.2"):
+        open_split(root, interval=0.25)
+
+
+def test_percentiles(root: Path) -> None:
+    data = open_split(root, normalization="percentile")
+    found = data.spec["statistics"]
+    rows = np.concatenate([states(0, 9), states(1, 7)]).astype("f8")
+    low, high = np.percentile(rows, [1, 99], axis=0)
+    np.testing.assert_allclose(found["state"]["q01"], low, atol=1e-6)
+    np.testing.assert_allclose(found["state"]["mean"], (low + high) / 2, atol=1e-6)
+    np.testing.assert_allclose(found["state"]["std"][:2], (high - low)[:2] / 2, rtol=1e-6)
+    assert found["state"]["std"][2] > 0
+    assert data.spec["normalization"] == "percentile"
+
+
+def test_augmentation_is_of_the_seed_alone(root: Path) -> None:
+    data = open_split(root, augment={"crop": 0.2, "colour": 0.3})
+    plain = open_split(root).batch([0, 5, 9])["images"]
+    first = data.batch([0, 5, 9], [11, 12, 13])["images"]
+    assert first.dtype == torch.uint8
+    assert first.shape == plain.shape
+    assert torch.equal(first[1:2], data.batch([5], [12])["images"]), "whatever the batch"
+    assert not torch.equal(first[:, 0], plain[:, 0])
+    assert torch.equal(first[:, 1], plain[:, 1]), "a camera on the hand is left as it is"
+    assert torch.equal(data.batch([0, 5, 9])["images"], plain), "without seeds nothing is changed"
+    both = open_split(root, augment={"colour": 0.3, "except_for": []})
+    changed = both.batch([0], [11])["images"]
+    assert not torch.equal(changed[0, 1], plain[0, 1])
+    assert (data.augments, open_split(root).augments) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("augment", "said"),
+    [
+        ({"crop": 0.95}, r"data\.augment\.crop=0\.95"),
+        ({"color": 0.1}, r"data\.augment\.color is unknown; did you mean 'colour'"),
+        ({"except_for": "wrist"}, r"must be a list, as \[wrist\]"),
+    ],
+)
+def test_augmentations_that_cannot_be(root: Path, augment: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        open_split(root, augment=augment)
+
+
+def test_a_crop_shows_a_part_of_the_image() -> None:
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 32, 64)[None, None] * 3
+    seen = [Augment(crop=0.5)(ramp, ["top"], [seed])[0, 0, 0, 0] for seed in range(50)]
+    widths = [int(row[-1]) - int(row[0]) for row in seen]
+    lefts = [int(row[0]) for row in seen]
+    assert max(widths) <= 96
+    assert min(widths) >= 92, "half of the width, scaled back"
+    assert min(lefts) < 10
+    assert max(lefts) > 80, "anywhere in the image"
+
+
 def cached(root: Path) -> list[Path]:
     return sorted((root.parent / "cache/frames").iterdir())
 
@@ -342,7 +450,7 @@ def test_frames_are_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     first = open_split(root)[3]["images"]
     assert [file.suffix for file in cached(root)] == [".npy"] * 4
     monkeypatch.setattr(Video, "decode", lambda *_: pytest.fail("decoded again"))
-    open_frames.cache_clear()
+    open_array.cache_clear()
     assert torch.equal(open_split(root)[3]["images"], first)
 
 

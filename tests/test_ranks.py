@@ -54,8 +54,8 @@ def torchrun(ranks, *arguments, module="torch.distributed.run", script="train.py
     return done
 
 
-def change(run):
-    """How far the trained weights have moved, as one flat vector, from their seeded start."""
+def flat_weights(run):
+    """All trained weights as one vector."""
     import torch
 
     return torch.cat([value.double().flatten() for value in weights(run)["model"].values()])
@@ -65,27 +65,28 @@ def change(run):
 def test_eight_ranks_agree_under_every_launcher(tmp_path):
     import torch
 
-    places = {name: tmp_path / name for name in ("local", "torchrun", "launch", "one", "start")}
-    at = {name: (*SMALL, f"outputs={path}") for name, path in places.items()}
-    train(*at["local"], "cluster.nproc_per_node=8")
-    torchrun(8, *SEED_FILE, *at["torchrun"], script="atlas/train.py")
-    torchrun(
-        8, *SEED_FILE, *at["launch"], module="torch.distributed.launch", script="atlas/train.py"
-    )
-    runs = {name: only_run(places[name]) for name in ("local", "torchrun", "launch")}
+    def outputs(name):
+        return (*SMALL, f"outputs={tmp_path / name}")
+
+    # The file's own values, for the launchers that are not given the file.
+    as_file = ("optim.lr=1e-4",)
+    train(*as_file, *outputs("local"), "cluster.nproc_per_node=8")
+    torchrun(8, *SEED_FILE, *outputs("torchrun"), script="atlas/train.py")
+    elder = "torch.distributed.launch"
+    torchrun(8, *SEED_FILE, *outputs("launch"), module=elder, script="atlas/train.py")
+    runs = {name: only_run(tmp_path / name) for name in ("local", "torchrun", "launch")}
+    assert len({run.name for run in runs.values()}) == 1  # the same run, wherever it runs
     for name in ("torchrun", "launch"):
-        # The file asks for the base rate 1e-4; what the local run used is the default.
-        assert same(weights(runs[name])["model"], weights(runs["torchrun"])["model"])
-    train(*at["local"], "cluster.nproc_per_node=8", "optim.lr=1e-4", "fresh=true")
-    twin = next(p for p in places["local"].glob("*/*") if status(p)["steps"] and p != runs["local"])
-    assert same(weights(twin)["model"], weights(runs["torchrun"])["model"])
-    assert len(list(places["local"].glob("*/*"))) == 2
+        assert same(weights(runs[name])["model"], weights(runs["local"])["model"])
+        assert points(runs[name]) == points(runs["local"])
     # One process that takes the same samples in eight micro-batches.
-    train(*at["one"], "cluster.nproc_per_node=1", "trainer.accumulate=8")
-    train(*at["start"], "cluster.nproc_per_node=1", "trainer.accumulate=8", "optim.lr=1e-30")
-    begin = change(only_run(places["start"]))
-    one, eight = change(only_run(places["one"])) - begin, change(runs["local"]) - begin
-    assert torch.linalg.norm(one - eight) < 1e-3 * torch.linalg.norm(one)
+    one = ("cluster.nproc_per_node=1", "trainer.accumulate=8")
+    train(*as_file, *outputs("one"), *one)
+    train("optim.lr=1e-30", *outputs("start"), *one)
+    begin = flat_weights(only_run(tmp_path / "start"))
+    alone = flat_weights(only_run(tmp_path / "one")) - begin
+    eight = flat_weights(runs["local"]) - begin
+    assert torch.linalg.norm(alone - eight) < 1e-3 * torch.linalg.norm(alone)
 
 
 @pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""Robot recordings in LeRobot's format v2.1 as samples of camera frames, states and action chunks.
+"""Robot recordings in LeRobot's formats as samples of camera frames, states and action chunks.
 
 A sample is a frame of an episode: what the cameras see in it, the states up to it, its instruction
 and the targets that follow. Episodes of which a file is missing are left out and counted.
@@ -7,10 +7,9 @@ and the targets that follow. Episodes of which a file is missing are left out an
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,34 +18,45 @@ from typing import Any
 import numpy as np
 import torch
 
-from atlas.data.recordings import Recordings, Table, open_recordings
-from atlas.data.video import FrameCache, Video, open_frames
+from atlas.data.arrays import cache_folder, open_array
+from atlas.data.augment import Augment
+from atlas.data.baselines import Block, fit, measure
+from atlas.data.formats import open_recordings
+from atlas.data.hub import find_root
+from atlas.data.recordings import Recordings, Table
+from atlas.data.statistics import KINDS, statistics
+from atlas.data.video import FrameCache, Video
 from atlas.errors import ConfigError, nearest
 
 logger = logging.getLogger("atlas")
 
 BLOCK = 4096  # samples at a time where all are gone through, so that memory stays small
-RIDGE = 0.01  # the penalty of the ridge regression, as a share of a standardised feature's square
+NAMED = 10  # missing episodes that a message names one by one
 
 
 @dataclass(eq=False)
 class LeRobot:
-    """A map-style data set over one split of the LeRobot v2.1 folder `root`.
+    """A map-style data set over one split of the LeRobot folder `root`, format v2.1 or v3.0.
 
-    `val_episodes`: the last so many of the episodes that are there are the split "val", all
-    before them "train". `cameras`: keys of video features, in the order of the views; None takes
-    all. `image_size`: [H, W] to which whole frames are resized, whatever their aspect. `history`:
-    number K of states, the current one included. `horizon`: number T of targets in a chunk.
+    `root`: a folder or, where there is none of that name, a data set on the hub, of which
+    `revision` says the tag or commit. `val_episodes`: the last so many of the episodes that are
+    there are the split "val", all before them "train". `cameras`: keys of video features, in the
+    order of the views; None takes all. `image_size`: [H, W] to which whole frames are resized,
+    whatever their aspect. `history`: number K of states, the current one included, a frame apart.
+    `horizon`: number T of targets in a chunk; `interval`: seconds between neighbouring ones, a
+    multiple of a frame's; None is a frame's.
 
     `action_key` None takes the states that follow as the targets. `action_offset`: the first
     target is that of so many rows later; None derives it: 0 where the recorded action is a command
-    of its own, and 1 where it is the state of its row (or there is none), since a target that
-    equals the current state is right without anything having been learned.
+    of its own, and one interval where it is the state of its row (or there is none), since a target
+    that equals the current state is right without anything having been learned.
 
     `relative`: a model is to predict targets less the current state, so the statistics are of
-    those; the samples' actions are absolute all the same. `on_missing`: "skip" leaves out
-    episodes of which a file is not there and says how many, "error" raises. `cache_dir`: where
-    decoded frames are kept; None is $ATLAS_CACHE/frames, or ~/.cache/atlas/frames.
+    those; the samples' actions are absolute all the same. `normalization`: "mean_std" or
+    "percentile", see `statistics`. `augment`: the fields of `Augment`; None is off. `on_missing`:
+    "skip" leaves out episodes of which a file is not there and says how many, "error" raises.
+    `cache_dir`: where decoded frames are kept; None is $ATLAS_CACHE/frames, or
+    ~/.cache/atlas/frames.
 
     Raises ConfigError with key, value and remedy. Videos are decoded by `prepare`, or when a
     first sample is asked for.
@@ -60,30 +70,41 @@ class LeRobot:
     action_key: str | None = "action"
     action_offset: int | None = None
     horizon: int = 8
+    interval: float | None = None
     history: int = 4
     relative: bool = True
+    normalization: str = "mean_std"
+    augment: Mapping[str, Any] | None = None
     val_episodes: int = 2
     on_missing: str = "skip"
+    revision: str | None = None
     cache_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
         _raise(_wrong_values(self) + _missing_packages())
-        recordings = open_recordings(Path(self.root).expanduser())
+        self._augment = _augment(self.augment)
+        recordings = open_recordings(find_root(self.root, self.revision))
         self.cameras = list(recordings.cameras if self.cameras is None else self.cameras)
         _raise(_wrong_keys(self, recordings))
+        self.fps = float(recordings.info["fps"])
+        self._stride = _stride(self.interval, self.fps)
         present, self.missing = _find_episodes(self, recordings)
         self.episodes = _split_episodes(self, present)
         tables = _read_tables(self, recordings)
         if self.action_offset is None:
             # From the folder's first episode, so that both splits come to the same.
             first = recordings.read(present[0], self.state_key, self.action_key)
-            self.action_offset = 0 if first.has_commands else 1
+            self.action_offset = 0 if first.has_commands else self._stride
         self._index(tables)
         self._tasks = recordings.tasks
-        self._cache = FrameCache(_cache_directory(self.cache_dir), *map(int, self.image_size))
-        fps = float(recordings.info["fps"])
+        self.action_names = recordings.names(self.action_key or self.state_key)
+        folder = Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder("frames")
+        self._cache = FrameCache(folder, *map(int, self.image_size))
         self._videos = [
-            [Video(recordings.video(e, camera), len(table.state), fps) for camera in self.cameras]
+            [
+                Video(clip.path, len(table.state), self.fps, clip.start)
+                for clip in (recordings.episodes[e].clips[camera] for camera in self.cameras)
+            ]
             for e, table in zip(self.episodes, tables, strict=True)
         ]
         self._files: list[list[Path]] = []  # of frames, by episode and camera, once prepared
@@ -117,22 +138,30 @@ class LeRobot:
             raise IndexError(f"sample {index} of {len(self)}")
         return {key: value[0] for key, value in self.batch([index]).items()}
 
-    def batch(self, ids: Sequence[int], seeds: Sequence[int] | None = None) -> dict[str, Any]:
-        """The samples `ids`, collated; `seeds` are for augmentation, of which there is none.
+    def batch(
+        self, ids: Sequence[int], seeds: Sequence[int] | None = None, *, images: bool = True
+    ) -> dict[str, Any]:
+        """The samples `ids`, collated; augmented by one seed a sample, if at all.
 
-        `images` uint8 [B, V, 3, H, W]; `state` float32 [B, K, S], oldest first, the first row
-        repeated before the episode's begin; `instruction` list of str; `actions` float32
-        [B, T, A] in the data's units; `action_mask` bool [B, T], False past the episode's end.
+        `images` uint8 [B, V, 3, H, W], left out where they are not wanted; `state` float32
+        [B, K, S], oldest first, the first row repeated before the episode's begin; `instruction`
+        list of str; `actions` float32 [B, T, A] in the data's units; `action_mask` bool [B, T],
+        False past the episode's end.
         """
         rows = self._row[np.asarray(ids, np.int64)]
         state, actions, mask = self._vectors(rows)
-        return {
-            "images": torch.from_numpy(self._images(rows)),
+        batch = {
             "state": torch.from_numpy(state),
             "instruction": [self._tasks[task] for task in self._task[rows].tolist()],
             "actions": torch.from_numpy(actions),
             "action_mask": torch.from_numpy(mask),
         }
+        if images:
+            pixels = torch.from_numpy(self._images(rows))
+            if seeds is not None:
+                pixels = self._augment(pixels, self.cameras or [], seeds)
+            batch["images"] = pixels
+        return batch
 
     def prepare(self) -> None:
         """Decode what is not in the frame cache yet; several processes share the work.
@@ -142,6 +171,33 @@ class LeRobot:
         if not self._files:
             self._cache.fill([video for videos in self._videos for video in videos])
             self._files = [[self._cache.file(video) for video in videos] for videos in self._videos]
+
+    @property
+    def augments(self) -> bool:
+        """Whether a sample's images depend on its seed."""
+        return self._augment.changes and bool(self._augment.views(self.cameras or []))
+
+    @property
+    def episode(self) -> np.ndarray:
+        """[N], the place in `episodes` of the episode that each sample is of."""
+        return self._episode[self._row]
+
+    def image_blocks(self) -> list[tuple[str, int]]:
+        """For each episode: what tells its pixels from all others, and its number of frames."""
+        return [
+            ("|".join(self._cache.file(video).name for video in videos), videos[0].frames)
+            for videos in self._videos
+        ]
+
+    def block_images(self, block: int, start: int, stop: int) -> torch.Tensor:
+        """uint8 [stop - start, V, 3, H, W], frames of the episode in place `block`."""
+        first = int(np.searchsorted(self._episode, block))
+        return torch.from_numpy(self._images(first + np.arange(start, stop)))
+
+    def image_places(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The block and the frame in it of each sample's images, [B] and [B]."""
+        rows = self._row[np.asarray(ids, np.int64)]
+        return self._episode[rows], rows - self._begin[rows]
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -153,6 +209,7 @@ class LeRobot:
         if self.split != "train":
             return replace(self, split="train").spec
         instructions = " ".join(self._tasks[task] for task in np.unique(self._task).tolist())
+        rows, kind = len(self._states), self.normalization
         return {
             "cameras": list(self.cameras or []),
             "image_size": [self._cache.height, self._cache.width],
@@ -160,12 +217,15 @@ class LeRobot:
             "history": self.history,
             "action_dim": self._targets.shape[1],
             "horizon": self.horizon,
+            "fps": self.fps,
+            "interval": self._stride / self.fps,
             "vocabulary": sorted(set(re.findall(r"[^\W_]+", instructions.lower()))),
             "relative": self.relative,
+            "normalization": kind,
             "statistics": {
-                "state": _statistics([self._states]),
-                "velocity": _statistics([self._velocities()]),
-                "actions": _statistics(self._all_targets(self.relative)),
+                "state": statistics([self._states], rows, kind),
+                "velocity": statistics([self._velocities()], rows, kind),
+                "actions": statistics(self._all_targets(), len(self) * self.horizon, kind),
             },
         }
 
@@ -176,18 +236,19 @@ class LeRobot:
         also `hold_state`: the current state, and `ridge`: it and a linear function of the
         differences between the states of the history, fitted to the training split.
         """
-        mean = np.array(_statistics(train._all_targets(relative=False))["mean"])
-        guesses: dict[str, Callable[[np.ndarray], np.ndarray]] = {"mean_action": lambda state: mean}
-        if self._states.shape[1] == self._targets.shape[1]:
-            weights = _fit_ridge(train)
-            guesses["hold_state"] = lambda state: state[:, -1:]
-            guesses["ridge"] = lambda state: _predict_ridge(weights, state)
-        return {name: _mean_error(self, guess) for name, guess in guesses.items()}
+        errors = measure(fit(train.blocks), self.blocks())
+        return {name: error.mean for name, error in errors.items()}
+
+    def blocks(self) -> Iterator[Block]:
+        """State, absolute targets and mask of all samples, some thousands at a time."""
+        for start in range(0, len(self), BLOCK):
+            yield self._vectors(self._row[start : start + BLOCK])
 
     def _vectors(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """State [B, K, S], absolute targets [B, T, A] and mask [B, T] of samples at `rows`."""
         past = rows[:, None] + np.arange(1 - self.history, 1)
-        future = rows[:, None] + (self.action_offset or 0) + np.arange(self.horizon)
+        ahead = (self.action_offset or 0) + self._stride * np.arange(self.horizon)
+        future = rows[:, None] + ahead
         end = self._end[rows, None]
         state = self._states[np.maximum(past, self._begin[rows, None])]
         # Past the end the last target again: any finite value would do, the mask leaves it out.
@@ -201,70 +262,38 @@ class LeRobot:
         places = zip(self._episode[rows].tolist(), (rows - self._begin[rows]).tolist(), strict=True)
         for sample, (episode, frame) in enumerate(places):
             for view, file in enumerate(self._files[episode]):
-                images[sample, view] = open_frames(file)[frame]
+                images[sample, view] = open_array(file)[frame]
         return images
-
-    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """`_vectors` of all samples, some thousands at a time."""
-        for start in range(0, len(self), BLOCK):
-            yield self._vectors(self._row[start : start + BLOCK])
 
     def _velocities(self) -> np.ndarray:
         """Each row's state less that of the row before it, of rows that have one: [*, S]."""
         within = self._begin[1:] == self._begin[:-1]
         return np.diff(self._states, axis=0)[within]
 
-    def _all_targets(self, relative: bool) -> Iterator[np.ndarray]:
-        """The valid targets of all chunks, less the current state if `relative`: [*, A]."""
-        for state, actions, mask in self._blocks():
-            yield (actions - state[:, -1:] if relative else actions)[mask]
+    def _all_targets(self) -> Iterator[np.ndarray]:
+        """What a model is to predict: the valid targets of all chunks, [*, A]."""
+        for state, actions, mask in self.blocks():
+            yield (actions - state[:, -1:] if self.relative else actions)[mask]
 
 
-def _statistics(parts: Iterable[np.ndarray]) -> dict[str, list[float]]:
-    """Mean and standard deviation of each column of arrays [*, D] put after each other."""
-    count, total, square = 0, np.zeros(()), np.zeros(())
-    for part in parts:
-        part = part.astype(np.float64)
-        count += len(part)
-        total = total + part.sum(axis=0)
-        square = square + (part**2).sum(axis=0)
-    mean = total / max(count, 1)
-    std = np.sqrt(np.maximum(square / max(count, 1) - mean**2, 0))
-    # A joint that (nearly) never moved is not blown up to the size of those that did.
-    floor = 1e-3 * std.max() or 1.0
-    return {"mean": mean.tolist(), "std": np.maximum(std, floor).tolist()}
+def _augment(settings: Mapping[str, Any] | None) -> Augment:
+    known = [field.name for field in fields(Augment)]
+    unknown = [key for key in settings or {} if key not in known]
+    _raise([f"data.augment.{key} is unknown{nearest(key, known)}" for key in unknown])
+    return Augment(**(settings or {}))
 
 
-def _features(state: np.ndarray) -> np.ndarray:
-    """Of states [B, K, S]: the K - 1 differences between neighbours and a one, [B, F]."""
-    flat = np.diff(state.astype(np.float64), axis=1).reshape(len(state), -1)
-    return np.concatenate([flat, np.ones((len(state), 1))], axis=1)
-
-
-def _fit_ridge(train: LeRobot) -> np.ndarray:
-    """Weights [F, T, A] from `_features` to the targets less the current state."""
-    gram = moment = np.zeros(())
-    for state, actions, mask in train._blocks():
-        x, y = _features(state), actions - state[:, -1:]
-        gram = gram + np.einsum("bf,bt,bg->tfg", x, mask, x, optimize=True)
-        moment = moment + np.einsum("bf,bt,bta->tfa", x, mask, y, optimize=True)
-    # The penalty goes with each feature's own square, so units and slow joints do not matter.
-    diagonal = np.einsum("tff->tf", gram)
-    diagonal += RIDGE * diagonal + 1e-12
-    return np.linalg.solve(gram, moment).transpose(1, 0, 2)
-
-
-def _predict_ridge(weights: np.ndarray, state: np.ndarray) -> np.ndarray:
-    return state[:, -1:] + np.einsum("bf,fta->bta", _features(state), weights, optimize=True)
-
-
-def _mean_error(data: LeRobot, guess: Callable[[np.ndarray], np.ndarray]) -> float:
-    """Mean absolute error of `guess(state)`, which broadcasts to [B, T, A], where it is valid."""
-    total, count = 0.0, 0
-    for state, actions, mask in data._blocks():
-        errors = np.abs(guess(state) - actions)[mask]
-        total, count = total + float(errors.sum(dtype=np.float64)), count + errors.size
-    return total / count
+def _stride(interval: float | None, fps: float) -> int:
+    """Frames between the targets of a chunk."""
+    if interval is None:
+        return 1
+    frames = interval * fps
+    if round(frames) < 1 or abs(frames - round(frames)) > 0.01 * frames:
+        raise ConfigError(
+            f"data.interval={interval} s is {frames:g} frames at {fps:g} frames/s, and must be a "
+            f"whole number of them, such as {max(1, round(frames)) / fps:.6g}"
+        )
+    return round(frames)
 
 
 def _wrong_values(data: LeRobot) -> list[str]:
@@ -280,7 +309,13 @@ def _wrong_values(data: LeRobot) -> list[str]:
     size = data.image_size
     if isinstance(size, int) or [isinstance(n, int) and n > 0 for n in size] != [True, True]:
         problems.append(f"data.image_size={size} must be two numbers of pixels, as [56,56] (H, W)")
-    for name, choices in (("split", ("train", "val")), ("on_missing", ("skip", "error"))):
+    if data.interval is not None and not data.interval > 0:
+        problems.append(f"data.interval={data.interval} must be null or a number of s above 0")
+    for name, choices in (
+        ("split", ("train", "val")),
+        ("on_missing", ("skip", "error")),
+        ("normalization", KINDS),
+    ):
         if (value := getattr(data, name)) not in choices:
             problems.append(f"data.{name}={value} is unknown{nearest(str(value), choices)}")
     return problems
@@ -327,15 +362,17 @@ def _find_episodes(data: LeRobot, recordings: Recordings) -> tuple[list[int], li
     present: list[int] = []
     missing: list[int] = []
     first: Path | None = None
-    for episode in recordings.lengths:
-        files = recordings.files(episode, list(data.cameras or []))
-        absent = [file for file in files if not file.is_file()]
-        (missing if absent else present).append(episode)
+    is_file = lru_cache(maxsize=None)(Path.is_file)  # many episodes can be in one file
+    for number, episode in recordings.episodes.items():
+        files = episode.files(list(data.cameras or []))
+        absent = [file for file in files if not is_file(file)]
+        (missing if absent else present).append(number)
         first = first or next(iter(absent), None)
     if missing:
+        listed = ", ".join(map(str, missing[:NAMED])) + ", …" * (len(missing) > NAMED)
         said = (
-            f"{recordings.root}: {len(missing)} of the {len(recordings.lengths)} episodes that "
-            f"meta/episodes.jsonl names are not there (the first file: {first})"
+            f"{recordings.root}: {len(missing)} of the {len(recordings.episodes)} episodes that "
+            f"{recordings.named_in} names are not there: {listed} (the first file: {first})"
         )
         if data.on_missing == "error":
             raise ConfigError(f"{said}; fetch them, or leave them out: data.on_missing=skip")
@@ -374,11 +411,6 @@ def _read_tables(data: LeRobot, recordings: Recordings) -> list[Table]:
             problems += error.problems
     _raise(problems)
     return tables
-
-
-def _cache_directory(cache_dir: str | Path | None) -> Path:
-    default = Path(os.environ.get("ATLAS_CACHE", "~/.cache/atlas")) / "frames"
-    return Path(cache_dir or default).expanduser()
 
 
 def _raise(problems: list[str]) -> None:

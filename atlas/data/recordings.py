@@ -1,22 +1,19 @@
-"""A folder of robot recordings in LeRobot's format v2.1: what its meta files and tables say.
+"""A folder of robot recordings: the episodes that its meta files name, and their rows.
 
-`meta/info.json` names the features and where things are, `meta/episodes.jsonl` has a line an
-episode, `meta/tasks.jsonl` a line an instruction; each episode has a parquet file with a row a
-frame and, for each camera, a video with a frame for each row.
+How a format lays a folder out is `formats`' business; here an episode is rows of a table and, for
+each camera, a stretch of a video with a frame for each row.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from atlas.errors import ConfigError
-
-VERSIONS = ("v2.0", "v2.1")  # the same files but for statistics, which are computed here anyway
 
 
 @dataclass(frozen=True)
@@ -34,19 +31,43 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Where an episode is in a camera's video: the file, and the second at which it begins."""
+
+    path: Path
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode by its files, whether they are there or not; `length` is its number of rows."""
+
+    index: int
+    length: int
+    table: Path
+    clips: dict[str, Clip]  # by camera
+    shared: bool = False  # whether the table holds other episodes too
+
+    def files(self, cameras: list[str]) -> list[Path]:
+        """All that is read of it."""
+        return [self.table, *(self.clips[camera].path for camera in cameras)]
+
+
+@dataclass(frozen=True)
 class Recordings:
-    """The meta files of the folder `root`; see `open_recordings`."""
+    """What the meta files of the folder `root` say; see `formats.open_recordings`."""
 
     root: Path
     info: dict[str, Any]
-    lengths: dict[int, int]  # rows of each episode, by its index
+    episodes: dict[int, Episode]
     tasks: dict[int, str]
+    named_in: str  # the meta file that names the episodes, for messages
+    tasks_in: str
 
     @property
     def cameras(self) -> list[str]:
         """The keys of the features that are videos."""
-        features = self.info["features"].items()
-        return [key for key, value in features if value.get("dtype") == "video"]
+        return videos(self.info)
 
     @property
     def vectors(self) -> dict[str, int]:
@@ -57,105 +78,52 @@ class Recordings:
             if value.get("dtype") in ("float32", "float64") and len(value["shape"]) == 1
         }
 
-    def table(self, episode: int) -> Path:
-        """The episode's parquet file, whether it is there or not."""
-        return self.root / self.info["data_path"].format(**self._place(episode))
+    def names(self, key: str) -> list[str]:
+        """What the entries of a vector are called, as far as the meta files say, else numbers."""
+        names = self.info["features"][key].get("names")
+        while isinstance(names, dict) and names:
+            names = next(iter(names.values()))
+        if isinstance(names, list) and len(names) == 1 and isinstance(names[0], list):
+            names = names[0]
+        size = self.vectors[key]
+        if not isinstance(names, list) or len(names) != size:
+            return [str(number) for number in range(size)]
+        return [str(name) for name in names]
 
-    def video(self, episode: int, camera: str) -> Path:
-        """The episode's video of one camera, whether it is there or not."""
-        place = self._place(episode)
-        return self.root / self.info["video_path"].format(video_key=camera, **place)
-
-    def files(self, episode: int, cameras: list[str]) -> list[Path]:
-        """All that is read of an episode."""
-        return [self.table(episode), *(self.video(episode, camera) for camera in cameras)]
-
-    def _place(self, episode: int) -> dict[str, int]:
-        chunk = episode // int(self.info["chunks_size"])
-        return {"episode_chunk": chunk, "episode_index": episode}
-
-    def read(self, episode: int, state_key: str, action_key: str | None) -> Table:
-        """The episode's rows.
+    def read(self, index: int, state_key: str, action_key: str | None) -> Table:
+        """The rows of the episode `index`.
 
         Raises ConfigError naming the file where it is damaged, has another number of rows than
         the meta files say, or holds a value that is not finite (with its row).
         """
-        path = self.table(episode)
+        episode = self.episodes[index]
+        path = episode.table
         keys = [key for key in (state_key, action_key) if key is not None]
-        columns = _read_columns(path, [*keys, "task_index"])
+        columns = _rows(episode, [*dict.fromkeys(keys), "task_index"])
         task = np.asarray(columns["task_index"].to_numpy(), np.int64)
-        if len(task) != self.lengths[episode]:
+        if len(task) != episode.length:
+            of = f" of episode {index}" if episode.shared else ""
             raise ConfigError(
-                f"{path}: has {len(task)} rows, meta/episodes.jsonl says "
-                f"length={self.lengths[episode]}; copy both anew"
+                f"{path}: has {len(task)} rows{of}, {self.named_in} says "
+                f"length={episode.length}; copy both anew"
             )
         vectors = [_vectors(path, key, columns[key], self.vectors[key]) for key in keys]
         problems: list[str] = []
         for key, values in zip(keys, vectors, strict=True):
-            problems += _bad_row(path, key, values)
+            problems += _bad_row(episode, key, values)
         if unknown := sorted(set(task.tolist()) - set(self.tasks)):
-            problems.append(f"{path}: task_index={unknown[0]} is not in meta/tasks.jsonl; add it")
+            problems.append(f"{path}: task_index={unknown[0]} is not in {self.tasks_in}; add it")
         if problems:
             raise ConfigError(problems)
         return Table(vectors[0], vectors[1] if action_key else None, task)
 
 
-def open_recordings(root: Path) -> Recordings:
-    """Read the meta files under `root`; raises ConfigError with all that is wrong with them."""
-    if not root.is_dir():
-        raise ConfigError(f"data.root={root}: no such folder; give the one that holds meta/")
-    info = _read_info(root)
-    problems: list[str] = []
-    episodes = _read_lines(root / "meta/episodes.jsonl", ("episode_index", "length"), problems)
-    tasks = _read_lines(root / "meta/tasks.jsonl", ("task_index", "task"), problems)
-    if problems:
-        raise ConfigError(problems)
-    lengths = {int(index): int(length) for index, length in sorted(episodes)}
-    return Recordings(root, info, lengths, {int(index): str(task) for index, task in tasks})
+def videos(info: dict[str, Any]) -> list[str]:
+    """The keys of the features that are videos."""
+    return [key for key, value in info["features"].items() if value.get("dtype") == "video"]
 
 
-def _read_info(root: Path) -> dict[str, Any]:
-    path = root / "meta/info.json"
-    try:
-        info: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"data.root={root}: has no meta/info.json, so it is no LeRobot folder; "
-            "give the one that holds meta/, data/ and videos/"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON ({error}); copy it anew") from error
-    version = info.get("codebase_version")
-    if version not in VERSIONS:
-        raise ConfigError(
-            f"{path}: codebase_version={version} is not supported, only {' and '.join(VERSIONS)} "
-            "(a file an episode) are; take the data set's v2.1 revision or convert it"
-        )
-    needed = ("features", "fps", "chunks_size", "data_path", "video_path")
-    if absent := [key for key in needed if not info.get(key)]:
-        raise ConfigError(f"{path}: lacks {', '.join(absent)}; copy it anew")
-    return info
-
-
-def _read_lines(path: Path, keys: tuple[str, str], problems: list[str]) -> list[tuple[Any, Any]]:
-    """The two values of each line of a .jsonl file; what is wrong goes to `problems`."""
-    rows = []
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}); copy it anew")
-        return []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                row = json.loads(line)
-                rows.append((row[keys[0]], row[keys[1]]))
-        except (ValueError, KeyError, TypeError):
-            problems.append(f"{path}, line {number}: is not JSON with {keys[0]} and {keys[1]}")
-    return rows
-
-
-def _read_columns(path: Path, keys: list[str]) -> dict[str, Any]:
+def read_columns(path: Path, keys: list[str]) -> dict[str, Any]:
     """The columns `keys` of a parquet file, as pyarrow arrays."""
     import pyarrow
     import pyarrow.parquet
@@ -171,6 +139,32 @@ def _read_columns(path: Path, keys: list[str]) -> dict[str, Any]:
     return {key: table.column(key) for key in keys}
 
 
+def _rows(episode: Episode, keys: list[str]) -> dict[str, Any]:
+    """The episode's rows of its table's columns `keys`."""
+    if not episode.shared:
+        return read_columns(episode.table, keys)
+    columns = _shared_columns(episode.table, (*keys, "episode_index"), _changed(episode.table))
+    of_episode = np.flatnonzero(columns["episode_index"].to_numpy() == episode.index)
+    first = int(of_episode[0]) if of_episode.size else 0
+    if of_episode.size and of_episode[-1] - first + 1 != of_episode.size:
+        raise ConfigError(
+            f"{episode.table}: the rows of episode {episode.index} are not together; copy it anew"
+        )
+    return {key: columns[key].slice(first, of_episode.size) for key in keys}
+
+
+@lru_cache(maxsize=1)  # episodes of a file are read after each other
+def _shared_columns(path: Path, keys: tuple[str, ...], changed: int) -> dict[str, Any]:
+    return read_columns(path, list(keys))
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); copy it anew") from error
+
+
 def _vectors(path: Path, key: str, column: Any, size: int) -> np.ndarray:
     """A column of lists (or, where `size` is 1, of numbers) as float32 [rows, size]."""
     is_list = hasattr(column.type, "value_type")
@@ -183,11 +177,12 @@ def _vectors(path: Path, key: str, column: Any, size: int) -> np.ndarray:
     return flat.reshape(len(column), size).astype(np.float32)
 
 
-def _bad_row(path: Path, key: str, vectors: np.ndarray) -> list[str]:
+def _bad_row(episode: Episode, key: str, vectors: np.ndarray) -> list[str]:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if not bad.size:
         return []
+    of = f" of episode {episode.index}" if episode.shared else ""
     return [
-        f"{path}, row {bad[0]}: {key} is NaN or infinite ({bad.size} such rows); "
+        f"{episode.table}, row {bad[0]}{of}: {key} is NaN or infinite ({bad.size} such rows); "
         "mend the table or take the episode out of the folder"
     ]

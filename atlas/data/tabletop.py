@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from atlas.data import simulator
+from atlas.data.augment import splitmix
+from atlas.data.demonstrations import Batch, Demonstrations, Policy, moments
 from atlas.data.simulator import Floats, Ints, Pixels, Scenes
 from atlas.errors import ConfigError
 
@@ -19,11 +20,8 @@ TRAIN, VAL, ROLLOUT = range(3)  # streams of scenes that have no scene in common
 EXECUTED = 4  # actions of a predicted chunk that a rollout executes before it asks again
 ROLLOUT_STEPS = 36  # the longest demonstrations take about 25
 
-Batch = dict[str, Any]
-Policy = Callable[[Batch], Tensor]
 
-
-class Tabletop:
+class Tabletop(Demonstrations):
     """Frames of demonstrations; a sample is what the cameras see and the next `horizon` actions.
 
     split: `train` has `episodes` demonstrations, `val` has `val_episodes` others.
@@ -64,42 +62,29 @@ class Tabletop:
             "vocabulary": sorted({w for text in training.instructions for w in text.split()}),
             "relative": False,
             "statistics": {
-                "state": _statistics(training.states),
-                "actions": _statistics(training.actions),
+                "state": moments(training.states),
+                "actions": moments(training.actions),
             },
         }
 
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __getitem__(self, index: int) -> Batch:
-        """One sample: images uint8 [V, 3, H, W], state [1, 2], instruction, actions [T, 2]
-        in table widths a step, action_mask [T], False past the episode's end."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        batch = self._gather(np.array([index % len(self)]))
-        return {key: value[0] for key, value in batch.items()}
-
-    def batch(self, ids: Sequence[int] | Ints, seeds: Sequence[int] | Ints | None = None) -> Batch:
+    def batch(
+        self,
+        ids: Sequence[int] | Ints,
+        seeds: Sequence[int] | Ints | None = None,
+        *,
+        images: bool = True,
+    ) -> Batch:
         """The samples of these ids, collated; augmented by one seed a sample, if at all."""
-        batch = self._gather(np.asarray(ids, np.int64))
-        if self.augment and seeds is not None:
+        batch = super().batch(ids, images=images)
+        if images and self.augment and seeds is not None:
             shifted = _shift(batch["images"].numpy(), np.asarray(seeds), self.augment)
             batch["images"] = torch.from_numpy(shifted)
         return batch
 
-    def _gather(self, ids: Ints) -> Batch:
-        ends = self.ends[self.episode[ids]]
-        steps = ids[:, None] + np.arange(self.horizon)
-        mask = steps < ends[:, None]
-        chunks = self.actions[np.minimum(steps, ends[:, None] - 1)] * mask[..., None]
-        return {
-            "images": torch.from_numpy(self.images[ids]),
-            "state": torch.from_numpy(self.states[ids][:, None]),
-            "instruction": [self.instructions[e] for e in self.episode[ids]],
-            "actions": torch.from_numpy(chunks.astype(np.float32)),
-            "action_mask": torch.from_numpy(mask),
-        }
+    @property
+    def augments(self) -> bool:
+        """Whether a sample's images depend on its seed."""
+        return bool(self.augment)
 
     def rollout(self, policy: Policy, scenes: Sequence[int]) -> dict[str, Floats]:
         """Let `policy` act in these scenes, all in lock-step; one value a scene.
@@ -127,15 +112,8 @@ class Tabletop:
         success = simulator.on_target(world, grippers).astype(np.float32)
         return {"success": success, "distance": distance}
 
-    def baselines(self, train: Tabletop) -> dict[str, float]:
-        """L1 over this split's valid actions, in table widths a step, without a model."""
-        mean = np.array(train.spec["statistics"]["actions"]["mean"], np.float32)
-        batch = self._gather(np.arange(len(self)))
-        errors = np.abs(batch["actions"].numpy() - mean)[batch["action_mask"].numpy()]
-        return {"mean_action": float(errors.mean(dtype=np.float64))}
 
-
-class _Demonstrations:
+class _Recorded:
     """Episodes one after the other: a row of `states` and `actions` is a frame."""
 
     def __init__(self, scenes: Scenes) -> None:
@@ -148,14 +126,9 @@ class _Demonstrations:
 
 
 @lru_cache(maxsize=4)
-def _demonstrations(seed: int, stream: int, episodes: int) -> _Demonstrations:
+def _demonstrations(seed: int, stream: int, episodes: int) -> _Recorded:
     """Without images, so that both splits can know the training statistics at no cost."""
-    return _Demonstrations(simulator.draw_scenes(seed, stream, list(range(episodes))))
-
-
-def _statistics(values: Floats) -> dict[str, list[float]]:
-    exact = values.astype(np.float64)
-    return {"mean": exact.mean(axis=0).tolist(), "std": exact.std(axis=0).tolist()}
+    return _Recorded(simulator.draw_scenes(seed, stream, list(range(episodes))))
 
 
 def _check(split: str, episodes: int, val_episodes: int, horizon: int, augment: int) -> None:
@@ -176,7 +149,7 @@ def _shift(images: Pixels, seeds: NDArray[Any], most: int) -> Pixels:
     """Move each view by up to `most` pixels each way, repeating the border; one seed a sample."""
     count, views, _, height, width = images.shape
     lanes = np.arange(2 * views, dtype=np.uint64)
-    draws = _hash(_hash(seeds.astype(np.uint64))[:, None] + lanes)
+    draws = splitmix(splitmix(seeds.astype(np.uint64))[:, None] + lanes)
     offsets = (draws % np.uint64(2 * most + 1)).astype(np.int64).reshape(count, views, 2)
     border = [(0, 0)] * 3 + [(most, most)] * 2
     padded, shifted = np.pad(images, border, mode="edge"), np.empty_like(images)
@@ -185,12 +158,3 @@ def _shift(images: Pixels, seeds: NDArray[Any], most: int) -> Pixels:
         window = np.s_[:, down : down + height, right : right + width]
         shifted[sample, view] = padded[sample, view][window]
     return shifted
-
-
-def _hash(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64 (Steele et al. 2014): a generator a sample would cost more than the batch."""
-    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed

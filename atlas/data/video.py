@@ -6,26 +6,24 @@ has in memory a few microseconds; and the file is shared by workers, ranks, runs
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from atlas.data.arrays import is_ready, locked, write_array
 from atlas.errors import ConfigError
 
 logger = logging.getLogger("atlas")
 
+PIXEL = np.dtype(np.uint8)
 LOG_EVERY = 10.0  # seconds between two lines about a long decode
 
 
@@ -35,14 +33,15 @@ class VideoError(Exception):
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, the number of frames that its table has rows, and their rate in 1/s."""
+    """A stretch of a video file: `frames` from the second `start` on, at `fps` in 1/s."""
 
     path: Path
-    frames: int
+    frames: int  # as many as its table has rows
     fps: float
+    start: float = 0.0
 
     def decode(self, height: int, width: int) -> Iterator[np.ndarray]:
-        """Its first `frames` frames in order, each uint8 [3, height, width].
+        """Its frames in order, each uint8 [3, height, width].
 
         Raises VideoError where it cannot be decoded, ends early or runs at another rate.
         """
@@ -54,7 +53,7 @@ class Video:
                 stream = container.streams.video[0]
                 self._check_rate(stream.average_rate)
                 stream.thread_type = "AUTO"
-                for frame in islice(container.decode(stream), self.frames):
+                for frame in islice(self._from_start(container, stream), self.frames):
                     # AREA averages the pixels that fall together; the others would alias.
                     small = frame.reformat(width, height, format="rgb24", interpolation="AREA")
                     yield small.to_ndarray().transpose(2, 0, 1)
@@ -63,8 +62,29 @@ class Video:
             raise VideoError(f"{self.path}: cannot be decoded ({error}); copy it anew") from error
         if count < self.frames:
             raise VideoError(
-                f"{self.path}: has {count} frames, its table {self.frames} rows; copy both anew"
+                f"{self.path}: has {count} frames{self._where}, its table {self.frames} rows; "
+                "copy both anew"
             )
+
+    @property
+    def _where(self) -> str:
+        return f" from {self.start:g} s on" if self.start else ""
+
+    def _from_start(self, container: Any, stream: Any) -> Iterator[Any]:
+        """The decoded frames from `start` on; from the key frame before it, not from the first."""
+        if not self.start:
+            yield from container.decode(stream)
+            return
+        container.seek(int(self.start / stream.time_base), stream=stream)
+        first = self.start - 0.5 / self.fps  # times are rounded to the file's time base
+        for frame in container.decode(stream):
+            if frame.time is None:
+                raise VideoError(
+                    f"{self.path}: its frames have no times, by which an episode in it is found; "
+                    "encode it anew"
+                )
+            if frame.time >= first:
+                yield frame
 
     def _check_rate(self, rate: object) -> None:
         # Row i is taken to be frame i, which another rate would break without a sign of it.
@@ -79,8 +99,8 @@ class Video:
 class FrameCache:
     """The frames of videos as files of uint8 [frames, 3, height, width] in `directory`.
 
-    A file is named by the video's path, size and time of change and by the image size, so what is
-    found under that name is right or incomplete, and what is incomplete is made again.
+    A file is named by the video's path, size, time of change and stretch and by the image size, so
+    what is found under that name is right or incomplete, and what is incomplete is made again.
     """
 
     directory: Path
@@ -91,17 +111,15 @@ class FrameCache:
         """Where the frames of `video` are, or will be."""
         stat = video.path.stat()
         path = str(video.path.resolve())
-        key = [path, stat.st_size, stat.st_mtime_ns, self.height, self.width]
+        key: list[Any] = [path, stat.st_size, stat.st_mtime_ns, self.height, self.width]
+        if video.start:  # a file of many episodes; else the name is what it always was
+            key += [video.start, video.frames]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         return self.directory / f"{video.path.stem}-{digest}.npy"
 
     def ready(self, video: Video) -> bool:
         """Whether all frames of `video` are there; a file cut short is not ready."""
-        try:
-            frames = np.load(self.file(video), mmap_mode="r")
-        except (OSError, ValueError, EOFError):
-            return False
-        return frames.dtype == np.uint8 and frames.shape == self._shape(video)
+        return is_ready(self.file(video), self._shape(video), PIXEL)
 
     def fill(self, videos: Sequence[Video]) -> None:
         """Decode what is not ready yet; any number of processes may do so at once.
@@ -139,7 +157,7 @@ class FrameCache:
     def _fill_one(self, video: Video, wait: bool, progress: _Progress, problems: list[str]) -> bool:
         """False where another process is at it and `wait` is not set."""
         try:
-            with _lock(self.file(video).with_suffix(".lock"), wait) as mine:
+            with locked(self.file(video).with_suffix(".lock"), wait) as mine:
                 if mine and not self.ready(video):
                     self._write(video)
                     progress.add(video)
@@ -151,20 +169,8 @@ class FrameCache:
         return True
 
     def _write(self, video: Video) -> None:
-        file = self.file(video)
-        temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-        header = {"descr": "|u1", "fortran_order": False, "shape": self._shape(video)}
-        try:
-            # Written in order, not through a memory map: on a full disk that would be SIGBUS.
-            with open(temporary, "wb") as out:
-                np.lib.format.write_array_header_1_0(out, header)
-                for frame in video.decode(self.height, self.width):
-                    out.write(frame.tobytes())
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        frames = video.decode(self.height, self.width)
+        write_array(self.file(video), self._shape(video), PIXEL, frames)
 
 
 class _Progress:
@@ -185,29 +191,3 @@ class _Progress:
     def end(self) -> None:
         seconds = time.monotonic() - self.start
         logger.info("decoded %d videos, %d frames, in %.1f s", self.done, self.frames, seconds)
-
-
-@contextmanager
-def _lock(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold `path` against other processes; False where one has it and `wait` is not set.
-
-    The lock only saves work: each process writes under a name of its own and renames.
-    """
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@lru_cache(maxsize=1024)  # below the number of open maps that a process may have
-def open_frames(file: Path) -> np.ndarray:
-    """The frames in a file of FrameCache, uint8 [frames, 3, height, width], mapped, not read."""
-    return np.load(file, mmap_mode="r")

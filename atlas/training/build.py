@@ -16,7 +16,7 @@ from torch import nn
 
 from atlas.errors import ConfigError
 from atlas.identity import effective_batch
-from atlas.training import optim
+from atlas.training import features, optim
 from atlas.training.randomness import seed_everything
 from atlas.training.stream import check_dataset
 
@@ -41,6 +41,7 @@ def build(config: Mapping[str, Any], world_size: int, device: torch.device) -> P
     model = build_model(config, spec).to(device)
     groups = optim.group_parameters(model, config["optim"]["lr_multipliers"] or {})
     optim.freeze(groups)
+    features.check(config, model, [data for data in (train, val) if data is not None])
     optimizer = build_optimizer(config, groups, world_size, device)
     return Parts(train, val, spec, model, groups, optimizer)
 

@@ -41,13 +41,13 @@ class Checkpoints:
     def save_frozen(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write what never changes once, beside the checkpoints that leave it out."""
         path = self.folder / FROZEN
-        if tensors and not _intact(path):
+        if tensors and not is_intact(path):
             _write(path, {"model": dict(tensors)}, {})
 
     def latest(self) -> dict[str, Any] | None:
         """The newest complete state; a damaged one is reported and the one before is taken."""
         for path in reversed(self.steps()):
-            if _intact(path):
+            if is_intact(path):
                 return self.read(path)
             log.warning("%s is damaged (its checksum differs); taking the one before", path)
         return None
@@ -61,12 +61,12 @@ class Checkpoints:
         """
         for old in self.folder.glob(".old-*"):
             path = self.folder / old.name.removeprefix(".old-")
-            if not path.exists() and _intact(old):
+            if not path.exists() and is_intact(old):
                 old.rename(path)
         for half_done in (*self.folder.glob(".old-*"), *self.folder.glob(".tmp-*")):
             shutil.rmtree(half_done)
         for path in reversed(self.steps()):
-            if _intact(path):
+            if is_intact(path):
                 return
             aside = path.with_name(f"damaged-{path.name}")
             log.warning("%s is damaged (its checksum differs); set aside as %s", path, aside.name)
@@ -76,14 +76,14 @@ class Checkpoints:
     def best(self) -> dict[str, Any] | None:
         """The state with the best validation, or the newest where nothing was validated."""
         link = self.folder / BEST
-        return self.read(link.resolve()) if _intact(link) else self.latest()
+        return self.read(link.resolve()) if is_intact(link) else self.latest()
 
     def read(self, path: Path) -> dict[str, Any]:
         """The state in `path`, with the frozen tensors put back."""
         state = _read(path)
         frozen = self.folder / FROZEN
         if state.get("frozen"):
-            if not _intact(frozen):
+            if not is_intact(frozen):
                 raise AtlasError(
                     f"{frozen} is missing or damaged; {path} cannot be used without it"
                 )
@@ -122,10 +122,15 @@ class _Hashing:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None  # torch.save raises one of its own, without the reason
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -135,6 +140,7 @@ def _write(path: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Non
     """All of `state` on disk under a temporary name, then the rename that makes it count."""
     temporary = path.with_name(f".tmp-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
+    hashing: _Hashing | None = None
     try:
         temporary.mkdir(parents=True)
         with open(temporary / STATE, "wb") as file:
@@ -149,9 +155,10 @@ def _write(path: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Non
             os.fsync(text.fileno())
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        reason = hashing.error if hashing and hashing.error else error
         shutil.rmtree(temporary, ignore_errors=True)
         raise AtlasError(
-            f"{path / STATE} could not be written ({error}); {free / 1e6:.1f} MB are free there. "
+            f"{path / STATE} could not be written ({reason}); {free / 1e6:.1f} MB are free there. "
             "The checkpoint before it stands"
         ) from error
     if path.exists():  # the same step again, after a restart from an earlier checkpoint
@@ -170,7 +177,7 @@ def _sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _intact(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether the state in `path` has the checksum that was taken when it was written."""
     try:
         wanted = json.loads((path / META).read_text())["sha256"]

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atlas import trust
 from atlas.errors import AtlasError
 from atlas.lock import Lock
 from atlas.progress import open_progress
-from atlas.reasons import failure
+from atlas.reasons import at_step, failure
 from atlas.run import Run
 from atlas.stop import Stop
 from atlas.tracking import Tracker
-from atlas.training import distributed
+from atlas.training import distributed, features
 from atlas.training.build import Parts, build
 from atlas.training.checkpoint import Checkpoints, averaged, load_weights
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
-from atlas.training.stream import TrainStream
+from atlas.training.stream import TrainStream, on_bad
 from atlas.training.trainer import Outcome, Trainer, TrainState, frozen_names
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class NullTracker:
 
 def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
     """Train `run` as the rank that the environment says; rank 0 holds the `lock`."""
-    config = run.config
+    config = trust.config_of(run)
     set_determinism(bool(config["trainer"]["deterministic"]))
     world = distributed.init(config["cluster"]["device"])
     try:
@@ -63,6 +66,7 @@ def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
         world.barrier()
         decay = config["trainer"]["ema"]
         state, ema = restore(config, parts, checkpoints, decay)
+        features.attach(config, parts, world.device)  # of the weights that are there now
         if world.is_main:
             checkpoints.point_best(state.best["step"] if state.best else None)
             checkpoints.save_frozen(frozen_state(parts))
@@ -100,6 +104,7 @@ def fit(
                 accumulate=int(trainer["accumulate"]),
                 workers=int(config["data"]["workers"]),
                 world=world,
+                on_bad=on_bad(config),
             ),
             checkpoints=checkpoints,
             tracker=tracker,
@@ -109,9 +114,11 @@ def fit(
             ema=ema,
         ).fit()
     except BaseException as error:
+        at_step(error, state.step)
         progress.close()
         if isinstance(tracker, Tracker):
-            tracker.close(*failure(error))
+            with contextlib.suppress(OSError, AtlasError):  # a full disk: `error` tells of it
+                tracker.close(*failure(error))
         raise
     progress.close()
     if isinstance(tracker, Tracker):
@@ -136,7 +143,8 @@ def restore(
     if ema:
         ema.load_state_dict(saved["ema"])
     log.info("going on from step %d", saved["step"])
-    names = ("step", "best", "worse", "validated")
+    # What an older Atlas did not save yet keeps its default.
+    names = [field.name for field in fields(TrainState) if field.name in saved]
     return TrainState(**{name: saved[name] for name in names}), ema
 
 

@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from atlas import trust as whose
 from atlas.errors import AtlasError
+from atlas.models.pretrained import without_weights
 from atlas.run import Run
+from atlas.training import export
 from atlas.training.build import build_model
-from atlas.training.checkpoint import Checkpoints, averaged, load_weights
+from atlas.training.checkpoint import load_weights
 from atlas.training.distributed import choose_device
 from atlas.training.stream import to_device
 
@@ -22,15 +25,21 @@ from atlas.training.stream import to_device
 class Policy:
     """Acts on one robot's observations; `reset` it when an episode begins.
 
-    `model` is the trained module in eval mode, `spec` what its training data said about itself.
+    `model` is the trained module in eval mode, `spec` what its training data said about itself,
+    `step` the number of updates that it has had.
     """
 
     def __init__(
-        self, model: nn.Module, spec: Mapping[str, Any] | None, device: torch.device
+        self,
+        model: nn.Module,
+        spec: Mapping[str, Any] | None,
+        device: torch.device,
+        step: int | None = None,
     ) -> None:
         self.model = model.to(device).eval()
         self.spec = spec
-        self._device = device
+        self.device = device
+        self.step = step
         self._states: deque[np.ndarray[Any, Any]] = deque(maxlen=(spec or {}).get("history", 1))
 
     def reset(self) -> None:
@@ -59,7 +68,7 @@ class Policy:
     def act_batch(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Chunks for a collated batch of observations, [B, horizon, action_dim] on the CPU."""
         model: Any = self.model
-        actions: torch.Tensor = model.act(to_device(batch, self._device))
+        actions: torch.Tensor = model.act(to_device(batch, self.device))
         return actions.float().cpu()
 
     def _images(self, images: Any) -> torch.Tensor:
@@ -77,22 +86,24 @@ class Policy:
         return torch.stack([_resized(image, spec.get("image_size")) for image in images])
 
 
-def load_policy(run: str | Path, device: str = "auto") -> Policy:
+def load_policy(run: str | Path, device: str = "auto", trust: Sequence[str] = ()) -> Policy:
     """The best model of the run in directory `run`, its averaged weights where it has them.
 
-    Needs nothing but the run's directory and the code of the model: no data set is opened.
-    Raises `AtlasError` where there is no checkpoint.
+    `run` can also be a folder that `atlas export` has written. Needs nothing but that directory
+    and the code of the model: no data set is opened, and no pretrained weights are read. Raises
+    `AtlasError` where there is no checkpoint, and for a run of somebody else that names more than
+    parts of Atlas and torch, unless under a prefix in `trust` (such as `["my_parts"]`).
     """
-    found = Run(run)
-    if not found.exists:
-        raise AtlasError(f"{run} is not the directory of a run; it has no config.yaml")
-    found.use_modules()
-    saved = Checkpoints(found.checkpoints).best()
-    if saved is None:
-        raise AtlasError(f"{found.checkpoints} holds no checkpoint yet")
-    model = build_model(found.config, saved["spec"])
-    load_weights(model, averaged(saved), str(found.checkpoints))
-    return Policy(model, saved["spec"], choose_device(device, 0))
+    exported = export.is_export(run)
+    saved = export.read(run) if exported else export.read_run(Run(run))
+    file = Path(run) / export.POLICY if exported else Run(run).config_file
+    whose.use_modules(file, saved.config["run"]["sys_path"], trust)
+    # A policy is a model: what else the configuration names is not made.
+    whose.check(file, {"model": saved.config["model"]}, trust)
+    with without_weights():  # all weights are in `saved`
+        model = build_model(saved.config, saved.spec)
+    load_weights(model, saved.weights, str(run))
+    return Policy(model, saved.spec, choose_device(device, 0), saved.step)
 
 
 def _resized(image: Any, size: Sequence[int] | None) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,13 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from atlas.errors import ConfigError
 from atlas.leash import die_with_parent
+from atlas.training import bad
 from atlas.training.distributed import World
 from atlas.training.randomness import mix, sample_seeds
 
 Ids = npt.NDArray[np.int64]
 Batch = Any
+T = TypeVar("T")
 
 
 class Order:
@@ -57,10 +60,15 @@ class Fetcher:
     A data set that has `batch(ids)` or `batch(ids, seeds)` is asked for whole batches. Otherwise it
     is indexed sample by sample, with the global generators of Python, numpy and torch seeded from
     the sample's position, so that its augmentation does not depend on worker processes.
+
+    `on_bad` says what becomes of a sample that cannot be read: "error" raises `BadSampleError`,
+    "skip" takes another one (see `atlas.training.bad`), also for one with a number in it that is
+    not finite. "error" does not look at the numbers: the trainer notices what they do to the loss.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, on_bad: str = "error") -> None:
         self.dataset = dataset
+        self.skips = on_bad == "skip"
         self._seed = seed
         self._batch: Callable[..., Batch] | None = getattr(dataset, "batch", None)
         self._takes_seeds = self._batch is not None and _arguments(self._batch) > 1
@@ -68,6 +76,31 @@ class Fetcher:
 
     def fetch(self, ids: Ids, positions: Sequence[int] | Ids) -> Batch:
         """The collated batch of `ids`, which stand at `positions` of the stream."""
+        try:
+            return self._read(ids, positions)
+        except Exception as error:
+            bad.tell(self, ids, positions, error)
+            raise
+
+    def good(self, ids: Ids, positions: Sequence[int] | Ids, refill: bool) -> tuple[Ids, Batch]:
+        """As `fetch`, with the ids that were read: where samples are skipped, these can be others.
+
+        With `refill` a bad sample is replaced, without it is left out; the batch is None where
+        nothing is left.
+        """
+        if not self.skips:
+            return ids, self.fetch(ids, positions)
+        return bad.skipping(self, ids, positions, refill)
+
+    def one(self, index: int, position: int) -> Batch:
+        """A batch of one sample."""
+        return self._read(np.array([index]), [position])
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """The id to try at `position` in place of one that is bad: of the seed and these alone."""
+        return mix(self._seed, 4, position, attempt) % len(self.dataset)
+
+    def _read(self, ids: Ids, positions: Sequence[int] | Ids) -> Batch:
         if self._batch is None:
             return self._collate([self._sample(int(i), int(p)) for i, p in zip(ids, positions)])
         if self._takes_seeds:
@@ -85,6 +118,8 @@ class Fetcher:
 class TrainStream:
     """The micro-batches of one rank, from update `start` to `steps`, as (ids, batch) pairs.
 
+    The ids are those that were read: where bad samples are skipped, others are in their place.
+
     Micro-batch m of rank r takes part m * world_size + r of the update's samples, so the update
     sees the same samples however it is cut.
     """
@@ -98,10 +133,11 @@ class TrainStream:
         accumulate: int,
         workers: int,
         world: World,
+        on_bad: str = "error",
     ) -> None:
         self.order = Order(len(dataset), seed)
         self.effective_batch = batch_size * accumulate * world.size
-        self._fetcher = Fetcher(dataset, seed)
+        self._fetcher = Fetcher(dataset, seed, on_bad)
         self._size = batch_size
         self._accumulate = accumulate
         self._workers = workers
@@ -113,11 +149,28 @@ class TrainStream:
         return [int(i) for i in self.order.ids(start, self.effective_batch)]
 
     def __getitem__(self, request: tuple[int, int]) -> tuple[Ids, Batch]:
-        step, micro = request
-        part = micro * self._world.size + self._world.rank
-        start = step * self.effective_batch + part * self._size
+        start = self._start(*request)
         ids = self.order.ids(start, self._size)
-        return ids, self._fetcher.fetch(ids, range(start, start + self._size))
+        return self._fetcher.good(ids, range(start, start + self._size), refill=True)
+
+    def replaced(self, step: int, micro: int, read: Ids) -> int:
+        """How many of the ids that were `read` stand in for bad samples."""
+        planned = self.order.ids(self._start(step, micro), self._size)
+        return int((np.asarray(read) != planned).sum())  # data workers hand over tensors
+
+    def _start(self, step: int, micro: int) -> int:
+        part = micro * self._world.size + self._world.rank
+        return step * self.effective_batch + part * self._size
+
+    @property
+    def skips(self) -> bool:
+        """Whether bad samples are replaced and counted."""
+        return self._fetcher.skips
+
+    def blame(self, step: int) -> str | None:
+        """The first sample of update `step` that is not finite, in words; reads all of them again."""
+        start = step * self.effective_batch
+        return bad.first_not_finite(self._fetcher, self.ids(step), start)
 
     def iterate(self, start: int, steps: int) -> Iterator[tuple[Ids, Batch]]:
         """From update `start` on; read ahead in worker processes where there are any."""
@@ -139,10 +192,11 @@ class ValidationStream:
         workers: int,
         batches: int | None,
         world: World,
+        on_bad: str = "error",
     ) -> None:
         chunks = -(-len(dataset) // batch_size)
         self._chunks = range(world.rank, min(chunks, batches or chunks), world.size)
-        self._fetcher = Fetcher(dataset, seed)
+        self._fetcher = Fetcher(dataset, seed, on_bad)
         self._length = len(dataset)
         self._size = batch_size
         self._workers = workers
@@ -151,13 +205,19 @@ class ValidationStream:
     def __getitem__(self, chunk: int) -> tuple[int, int, Batch]:
         start = chunk * self._size
         ids = np.arange(start, min(start + self._size, self._length))
-        return chunk, len(ids), self._fetcher.fetch(ids, ids)
+        ids, batch = self._fetcher.good(ids, ids, refill=False)
+        return chunk, len(ids), batch
 
     def __iter__(self) -> Iterator[tuple[int, int, Batch]]:
         """(chunk number, samples in it, batch) of this rank."""
         if self._workers == 0:
             return map(self.__getitem__, self._chunks)
         return iter(loader(self, self._chunks, self._workers, self._device))
+
+
+def on_bad(config: Mapping[str, Any]) -> str:
+    """`data.on_bad`; a person's own data need not have it."""
+    return str(config["data"].get("on_bad") or "error")
 
 
 def _arguments(function: Callable[..., Any]) -> int:
@@ -177,6 +237,25 @@ def loader(source: Any, requests: Iterable[Any], workers: int, device: torch.dev
         # Forked workers share the data set's memory, and it need not be picklable.
         multiprocessing_context="fork",
     )
+
+
+@contextlib.contextmanager
+def ending(batches: Iterator[T]) -> Iterator[Iterator[T]]:
+    """A context at whose end the data workers are gone.
+
+    They ignore SIGTERM, which is how Python would end them at its exit: while a traceback holds the
+    iterator, the process would wait for them for ever.
+    """
+    try:
+        yield batches
+    finally:
+        if getattr(batches, "_worker_pids_set", False):
+            at_work: Any = batches
+            torch._C._remove_worker_pids(id(at_work))  # or torch calls their end an error
+            at_work._worker_pids_set = False
+            for worker in at_work._workers:
+                worker.kill()
+            at_work._shutdown_workers()
 
 
 def check_dataset(dataset: Any, key: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from atlas.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
 from atlas.progress import Lines
-from atlas.stop import CODES, STATES, Stop
+from atlas.stop import CODES, STATES, Stop, StopWaiting
 from atlas.training.agreement import Agreement, Requests
 from atlas.training.build import Parts
 from atlas.training.checkpoint import Checkpoints
@@ -23,7 +23,7 @@ from atlas.training.gradient import Gradient, Sums, as_tensor
 from atlas.training.optim import frozen_modules
 from atlas.training.randomness import StepSeeds
 from atlas.training.replica import Replica
-from atlas.training.stream import TrainStream, to_device
+from atlas.training.stream import TrainStream, ending, on_bad, to_device
 from atlas.training.validation import Interrupted, Validation
 
 
@@ -45,6 +45,7 @@ class TrainState:
     best: dict[str, Any] | None = None  # {"metric", "value", "step"} of the best validation
     worse: int = 0  # validations since the best one
     validated: int = 0  # updates that had been taken at the last validation
+    bad_samples: int = 0  # that were replaced so far, where data.on_bad=skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,10 @@ class Trainer:
         self.replica = Replica(parts.model, world, bool(settings["compile"]))
         self.window = Window()
         self._eval_for_good = frozen_modules(parts.model)
+        # With others, a rank that left its step would be waited for in the sum of the gradients.
+        self._wait: Callable[[Callable[[], Any]], Any] = stop.wait if world.size == 1 else _call
         self._pending: Pending | None = None
+        self._replaced = 0  # bad samples of this rank in this update
         self._saved_step = state.step
         self._saved_at = self._began = time.monotonic()
 
@@ -149,12 +153,16 @@ class Trainer:
         """Train to the last step, or until something asks to stop."""
         self.train_mode()
         self.replica.settle(self.stream, self.state.step, self.seeds, self.autocast)
-        batches = self.stream.iterate(self.state.step, self.steps)
-        ended = self._catch_up()
-        while ended is None and self.state.step < self.steps:
-            self.train_step(self.state.step, batches)
-            self.state.step += 1
-            ended = self._between_steps()
+        with ending(self.stream.iterate(self.state.step, self.steps)) as batches:
+            ended = self._catch_up()
+            while ended is None and self.state.step < self.steps:
+                try:
+                    self.train_step(self.state.step, batches)
+                except StopWaiting:  # nothing of this update has been applied yet
+                    ended = self._between_steps()
+                    break
+                self.state.step += 1
+                ended = self._between_steps()
         self.agreement.close()
         return ended or Outcome("finished", None, EXIT_DONE)
 
@@ -163,7 +171,7 @@ class Trainer:
         self.optimizer.set_rates(step)
         sums = Sums(detailed=self._log_due(step))
         for micro in range(self.accumulate):
-            batch = self._next(batches)
+            batch = self._next(step, micro, batches)
             self.seeds.training(step, micro)
             with self.replica.synchronised(micro == self.accumulate - 1):
                 with self.autocast:
@@ -187,7 +195,7 @@ class Trainer:
         model.eval()
         try:
             with self.ema.applied() if self.ema else contextlib.nullcontext():
-                metrics = self.validation.run(model, self._interrupted)
+                metrics = self.validation.run(model, self._interrupted, self._wait)
         finally:
             self.train_mode()
         improved = self._judge(metrics["val/loss"])
@@ -242,14 +250,19 @@ class Trainer:
         if warning := self.tracker.warning():
             self.progress.say(f"warning: {warning}")
 
-    def _next(self, batches: Iterator[Any]) -> Any:
+    def _next(self, step: int, micro: int, batches: Iterator[Any]) -> Any:
         waiting = time.perf_counter()
-        _, batch = next(batches)
+        ids, batch = self._wait(lambda: next(batches))
         self.window.waited += time.perf_counter() - waiting
+        if self.stream.skips:
+            self._replaced += self.stream.replaced(step, micro, ids)
         return to_device(batch, self.world.device)
 
     def _record(self, step: int, sums: Sums, norm: Any) -> None:
         self.window.steps += 1
+        if self.stream.skips:
+            self.state.bad_samples += self.world.count(self._replaced)
+            self._replaced = 0
         if self.settings["log_samples"]:
             self.tracker.samples(step, self.stream.ids(step))
         if not sums.detailed:
@@ -259,6 +272,7 @@ class Trainer:
             **{f"lr/{name}": rate for name, rate in self.optimizer.rates(step).items()},
             **self.window.metrics(batch),
             "epoch": (step + 1) * batch / self.stream.order.length,
+            **({"bad_samples": self.state.bad_samples} if self.stream.skips else {}),
         }
         values = {**sums.means(), "grad_norm": norm, "first_bad": self.gradient.first_bad}
         self._pending = Pending(step, values, self.world.device, other)
@@ -352,6 +366,7 @@ class Trainer:
         raise NonFiniteError(
             f"loss or gradient was NaN or infinite in update {step}, which saw the samples "
             f"{shown(self.stream.ids(step))}; "
+            + (f"{found}; " if (found := self.stream.blame(step)) else "")
             + (f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved before")
         )
 
@@ -367,8 +382,13 @@ class Trainer:
             seed=int(config["seed"]),
             batch_size=int(config["data"]["batch_size"]),
             workers=int(config["data"]["workers"]),
+            on_bad=on_bad(config),
             batches=self.settings["val_batches"],
         )
+
+
+def _call(get: Callable[[], Any]) -> Any:
+    return get()
 
 
 def validation_interval(wanted: int | str | None, samples: int) -> int | None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from atlas.stop import StopWaiting
 from atlas.training.distributed import World
 from atlas.training.gradient import scalars
 from atlas.training.randomness import StepSeeds
-from atlas.training.stream import ValidationStream, to_device
+from atlas.training.stream import ValidationStream, ending, to_device
 
 
 class Interrupted(Exception):
@@ -36,6 +37,7 @@ class Validation:
         batch_size: int,
         workers: int,
         batches: int | None,
+        on_bad: str = "error",
     ) -> None:
         self._dataset = dataset
         self._train = train
@@ -45,18 +47,33 @@ class Validation:
         self._autocast = autocast
         self._rounds = rounds(len(dataset), batch_size, batches, world.size)
         self._stream = ValidationStream(
-            dataset, seed=seed, batch_size=batch_size, workers=workers, batches=batches, world=world
+            dataset,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            batches=batches,
+            world=world,
+            on_bad=on_bad,
         )
 
     @torch.no_grad()
-    def run(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float]:
+    def run(
+        self,
+        model: nn.Module,
+        interrupted: Callable[[], bool],
+        wait: Callable[[Callable[[], Any]], Any],
+    ) -> dict[str, float]:
         """`val/loss` and the model's other scalars, each the mean over all valid elements.
 
         `interrupted` is asked on all ranks the same number of times; where it says yes,
-        `Interrupted` is raised on all of them.
+        `Interrupted` is raised on all of them. Data is waited for by `wait`, as in training.
         """
         began = time.perf_counter()
-        sums = self._measure(model, interrupted)
+        try:
+            with ending(iter(self._stream)) as batches:
+                sums = self._measure(model, interrupted, lambda: wait(lambda: _next(batches)))
+        except StopWaiting:
+            raise Interrupted from None
         weight = max(sums.pop("weight"), 1e-12)
         metrics = {f"val/{name}": value / weight for name, value in sums.items()}
         metrics.update(self._against_baselines(metrics))
@@ -64,14 +81,15 @@ class Validation:
         metrics["val/time_s"] = time.perf_counter() - began
         return metrics
 
-    def _measure(self, model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, float]:
+    def _measure(
+        self, model: nn.Module, interrupted: Callable[[], bool], following: Callable[[], Any]
+    ) -> dict[str, float]:
         device = self._world.device
         sums: dict[str, Any] = {"weight": 0.0, "loss": 0.0}
-        batches = iter(self._stream)
         for _ in range(self._rounds):
             if interrupted():
                 raise Interrupted
-            chunk, count, batch = next(batches, (0, 0, None))
+            chunk, count, batch = following()
             if batch is None:
                 continue
             self._seeds.validation(chunk)
@@ -121,6 +139,11 @@ class Validation:
         # In the order of the ranks, so that the sum is the same everywhere and every time.
         names = list(dict.fromkeys(name for part in every for name in part))
         return {name: sum(part.get(name, 0.0) for part in every) for name in names}
+
+
+def _next(batches: Iterator[tuple[int, int, Any]]) -> tuple[int, int, Any]:
+    """This rank's next batch; None for one where others have more."""
+    return next(batches, (0, 0, None))
 
 
 def rounds(samples: int, batch_size: int, batches: int | None, world_size: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,38 @@ class Points(torch.utils.data.Dataset):
         return {"x": x, "y": y if index != self.bad else y * math.nan}
 
 
+class Holes(Points):
+    """Points of which the samples `nan` are not finite and the samples `torn` cannot be read."""
+
+    def __init__(self, nan: list[int] = (), torn: list[int] = (), **other: float) -> None:
+        super().__init__(**other)
+        self.nan, self.torn = set(nan), set(torn)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index in self.torn:
+            raise OSError("the file ends too early")
+        sample = super().__getitem__(index)
+        return {**sample, "x": sample["x"] / 0 if index in self.nan else sample["x"]}
+
+    def describe(self, index: int) -> str:
+        """Where a sample was recorded."""
+        return f"line.csv, row {index + 1}"
+
+
+class Stuck(Points):
+    """Points of which sample `at` takes a minute for as long as the file `flag` is there."""
+
+    def __init__(self, flag: str, at: int = 5, **other: float) -> None:
+        super().__init__(**other)
+        self.flag, self.at = Path(flag), at
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index == self.at and self.flag.exists():
+            self.flag.with_suffix(".reached").touch()
+            time.sleep(60)
+        return super().__getitem__(index)
+
+
 class Net(nn.Module):
     """Two layers with dropout; `pause` seconds a forward pass make a step take its time."""
 
@@ -44,6 +77,22 @@ class Net(nn.Module):
         hidden = self.drop(torch.tanh(self.norm(self.encoder(batch["x"]))))
         error = self.head(hidden)[:, 0] - batch["y"]
         return {"loss": error.square().mean(), "mae": error.abs().mean()}
+
+
+class Moody(Net):
+    """A model whose loss depends on what no seed reaches."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        out = super().forward(batch)
+        return {**out, "loss": out["loss"] * (1 + 0.01 * random.SystemRandom().random())}
+
+
+class Heavy(Net):
+    """A model with `ballast` million numbers that are saved, trained by nothing."""
+
+    def __init__(self, ballast: int = 10, **other: float) -> None:
+        super().__init__(**other)
+        self.register_buffer("ballast", torch.arange(float(ballast * 1_000_000)))
 
 
 class Plain(torch.optim.Optimizer):
