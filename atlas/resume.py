@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from atlas import trust
+from atlas.config import KEYS
 from atlas.errors import AtlasError, ConfigError
 from atlas.identity import CUT, effective_batch, flat, identity, is_excluded
 from atlas.run import Command, Run
@@ -26,6 +27,7 @@ def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
     trust.use_modules(run.config_file, head["sys_path"])
     adopted = copy.deepcopy(trust.config_of(run))
     del adopted["run"]
+    add_new_keys(adopted)
     typed = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in command.overrides]
     foreign = [k for k in typed if not is_excluded(k) and k not in CUT]
     if foreign:
@@ -124,6 +126,17 @@ def describe_code(state: Mapping[str, Any]) -> str:
     if not state.get("commit"):
         return f"no git, {state.get('digest')}"
     return f"commit {state['commit'][:10]}" + ("" if state["clean"] else " and uncommitted changes")
+
+
+def add_new_keys(config: dict[str, Any]) -> None:
+    """Give a configuration of an older Atlas the keys that have come since, as null; in place."""
+    for key, spec in KEYS.items():
+        *parents, last = key.split(".")
+        node: Any = config
+        for part in parents:
+            node = node.get(part) if isinstance(node, dict) else None
+        if spec.null and isinstance(node, dict):
+            node.setdefault(last, None)
 
 
 def _copy(source: Mapping[str, Any], target: dict[str, Any], key: str) -> None:

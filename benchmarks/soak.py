@@ -1,11 +1,11 @@
-"""Runs for a given time, with kills at random, a tracking server that comes and goes, and requeues.
+"""Runs for a given time, with kills at random and a tracking server that comes and goes.
 
 python benchmarks/soak.py --minutes 10
 
 Two runs are at work at any time. Each is struck up to four times (SIGKILL, SIGTERM, SIGUSR2) at
 random moments, started again, and at its end compared to the bit with a twin that nothing happened
 to; the server of MLflow is killed and started again meanwhile. The count at the end says what was
-lost. Slurm's requeues are part of it where `sbatch` answers.
+lost. Requeues by Slurm are not part of it: tests/slurm has them.
 """
 
 from __future__ import annotations
@@ -156,16 +156,6 @@ def tracked(victim: Victim, uri: str) -> Counter[str]:
     )
 
 
-def requeues() -> str:
-    """What is said of Slurm."""
-    if (
-        shutil.which("sbatch")
-        and not subprocess.run(["sinfo", "-h"], capture_output=True).returncode
-    ):
-        return "Slurm is up here, and its requeues are tests/slurm's"
-    return "Slurm is not up on this machine: no requeues among the faults"
-
-
 def main() -> None:
     """Strike until the time is over, let all runs finish, and count."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -190,7 +180,6 @@ def main() -> None:
     print(f"faults: {sum(faults.values())} ({', '.join(f'{n} {k}' for k, n in faults.items())})")
     print(f"updates taken again: {sum(pair.victim.repeated for pair in ended)}")
     print("\n".join(f"{what}: {number}" for what, number in lost.items()))
-    print(requeues())
     if sum(lost.values()):
         raise SystemExit(f"something was lost; the runs are in {folder}")
     shutil.rmtree(folder, ignore_errors=True)

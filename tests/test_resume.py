@@ -166,3 +166,14 @@ def test_mlflow_holds_every_point_of_a_killed_and_resumed_run_once(tmp_path):
             if key not in ("step", "time"):
                 wanted[line["step"], key] = (value, int(line["time"] * 1000))
     assert found == wanted
+
+
+def test_a_run_of_an_older_atlas_lacks_keys_that_may_be_null(tmp_path):
+    process = start(*quick(tmp_path, "model.pause=0.02"))
+    run = wait_for_step(tmp_path, 5)
+    kill(process)
+    file = run / "config.yaml"
+    kept = [line for line in file.read_text().splitlines() if "max_time:" not in line]
+    file.write_text("\n".join(kept) + "\n")
+    train(f"resume={run.name}", f"outputs={tmp_path}")
+    assert status(run)["state"] == "finished"
