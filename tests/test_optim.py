@@ -13,17 +13,16 @@ from torch import nn
 from atlas.errors import ConfigError
 from atlas.schedule import Cosine
 from atlas.training.distributed import World
+from atlas.training.frozen import frozen_modules, frozen_names
 from atlas.training.gradient import Gradient, Sums
 from atlas.training.optim import (
     Optimizer,
     check_fused,
     freeze,
-    frozen_modules,
     group_parameters,
     scale,
     total_norm,
 )
-from atlas.training.trainer import frozen_names
 
 CPU = torch.device("cpu")
 

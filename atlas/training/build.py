@@ -17,6 +17,7 @@ from torch import nn
 from atlas.errors import ConfigError
 from atlas.identity import effective_batch
 from atlas.training import features, optim
+from atlas.training.precision import check_precision
 from atlas.training.randomness import seed_everything
 from atlas.training.stream import check_dataset
 
@@ -111,17 +112,6 @@ def create(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
         if cause is not None and _raised_inside(cause):
             raise cause from None
         raise ConfigError(f"{key}: {error}") from error
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise `ConfigError` where `device` cannot compute in `precision`."""
-    capable = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
-    if precision == "bf16" and not capable:
-        raise ConfigError(
-            f"trainer.precision=bf16 and {torch.cuda.get_device_name(device)} has no bf16; use fp32"
-        )
-    if precision == "tf32" and (device.type == "cpu" or not capable):
-        raise ConfigError(f"trainer.precision=tf32 and {device.type} has no TF32; use fp32 or bf16")
 
 
 def _takes_spec(target: str) -> bool:

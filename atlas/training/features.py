@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from atlas.data.arrays import cache_folder, is_ready, locked, open_array, write_array
 from atlas.errors import ConfigError
+from atlas.training.precision import autocast
 
 log = logging.getLogger("atlas")
 
@@ -60,7 +61,6 @@ def attach(config: Mapping[str, Any], parts: Any, device: torch.device) -> None:
     """
     if not config["data"].get("cache_features"):
         return
-    from atlas.training.trainer import autocast  # which imports the parts that check all this
 
     precision = str(config["trainer"]["precision"])
     cache = FeatureCache(

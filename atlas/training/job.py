@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -25,8 +24,10 @@ from atlas.training.build import Parts, build
 from atlas.training.checkpoint import Checkpoints, averaged, load_weights
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
+from atlas.training.frozen import frozen_state
+from atlas.training.precision import set_determinism
 from atlas.training.stream import TrainStream, on_bad
-from atlas.training.trainer import Outcome, Trainer, TrainState, frozen_names
+from atlas.training.trainer import Outcome, Trainer, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
         features.attach(config, parts, world.device)  # of the weights that are there now
         if world.is_main:
             checkpoints.point_best(state.best["step"] if state.best else None)
-            checkpoints.save_frozen(frozen_state(parts))
+            checkpoints.save_frozen(frozen_state(parts.model))
         return fit(run, lock, stop, config, world, parts, checkpoints, state, ema)
     finally:
         distributed.finish()
@@ -155,18 +156,3 @@ def start_from(reference: str, outputs: str | Path, model: torch.nn.Module) -> N
     if saved is None:
         raise AtlasError(f"init_from={reference}: {source.path} holds no checkpoint")
     load_weights(model, averaged(saved), f"init_from={reference}")
-
-
-def frozen_state(parts: Parts) -> dict[str, torch.Tensor]:
-    """The tensors of `parts.model` that training never changes."""
-    names = frozen_names(parts.model)
-    return {name: value for name, value in parts.model.state_dict().items() if name in names}
-
-
-def set_determinism(wanted: bool) -> None:
-    """Only deterministic kernels, where `trainer.deterministic` asks for it."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if wanted != torch.are_deterministic_algorithms_enabled():  # asking is cheap, setting is not
-        torch.use_deterministic_algorithms(wanted)
-    torch.backends.cudnn.benchmark = not wanted

@@ -88,20 +88,6 @@ def freeze(groups: list[Group]) -> None:
             parameter.requires_grad_(not group.frozen and parameter.requires_grad)
 
 
-def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that have parameters and none that is trained: in eval mode for good."""
-
-    def visit(module: nn.Module) -> Iterator[nn.Module]:
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            yield module
-        else:
-            for child in module.children():
-                yield from visit(child)
-
-    return list(visit(model))
-
-
 class Optimizer:
     """The optimizer of a run: groups by module, rates as a function of the step, one guarded update."""
 

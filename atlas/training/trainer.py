@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
-
-import torch
-from torch import nn
 
 from atlas.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
 from atlas.progress import Lines
@@ -19,8 +16,10 @@ from atlas.training.build import Parts
 from atlas.training.checkpoint import Checkpoints
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
-from atlas.training.gradient import Gradient, Sums, as_tensor
-from atlas.training.optim import frozen_modules
+from atlas.training.frozen import frozen_modules, frozen_names
+from atlas.training.gradient import Gradient, Sums
+from atlas.training.meters import Pending, Window
+from atlas.training.precision import autocast
 from atlas.training.randomness import StepSeeds
 from atlas.training.replica import Replica
 from atlas.training.stream import TrainStream, ending, on_bad, to_device
@@ -55,51 +54,6 @@ class Outcome:
     state: str
     reason: str | None
     code: int
-
-
-@dataclass
-class Window:
-    """Time and steps since the last logged step, for the metrics of speed."""
-
-    began: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-    steps: int = 0
-
-    def metrics(self, samples_per_step: int) -> dict[str, float]:
-        """Samples a second, milliseconds a step, and the share of time spent waiting for data."""
-        took = max(time.perf_counter() - self.began, 1e-9)
-        return {
-            "samples_per_s": samples_per_step * self.steps / took,
-            "step_time_ms": 1000.0 * took / max(1, self.steps),
-            "data_wait_share": self.waited / took,
-        }
-
-
-class Pending:
-    """A logged step whose values are on their way from the device."""
-
-    def __init__(
-        self, step: int, values: Mapping[str, Any], device: torch.device, other: dict[str, float]
-    ) -> None:
-        self.step = step
-        self._other = other
-        self._names = list(values)
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cpu":
-            self._packed: Any = [float(value) for value in values.values()]
-            return
-        packed = torch.stack([as_tensor(value, device) for value in values.values()])
-        self._packed = torch.empty(packed.shape, pin_memory=True)
-        self._packed.copy_(packed, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def metrics(self) -> dict[str, float]:
-        """The values as numbers; waits for the device only where the next step has not begun."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._packed = self._packed.tolist()
-        return {**dict(zip(self._names, self._packed, strict=True)), **self._other}
 
 
 class Trainer:
@@ -396,31 +350,6 @@ def validation_interval(wanted: int | str | None, samples: int) -> int | None:
     if wanted == "auto":
         return 500 if samples < 10_000 else 1000 if samples <= 100_000 else 2000
     return None if wanted is None else int(wanted)
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context that a forward pass runs in; also sets how float32 products are taken."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def frozen_names(model: nn.Module) -> set[str]:
-    """State of the modules that are not trained at all: their parameters and buffers."""
-    frozen = {id(m) for outer in frozen_modules(model) for m in outer.modules()}
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if id(module) in frozen
-        for name in (*dict(module.named_parameters(recurse=False)), *persistent_buffers(module))
-    }
-
-
-def persistent_buffers(module: nn.Module) -> list[str]:
-    """Names of `module`'s own buffers that belong to its state."""
-    skipped = module._non_persistent_buffers_set
-    return [name for name, _ in module.named_buffers(recurse=False) if name not in skipped]
 
 
 def shown(ids: list[int]) -> str:
