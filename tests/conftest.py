@@ -8,6 +8,7 @@ import sys
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in child processes
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub; asked for without a network it is slow
 
 
 @pytest.fixture(autouse=True)
