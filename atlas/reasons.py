@@ -1,4 +1,4 @@
-"""Why a run ended, and whether that is a reason to try again."""
+"""Why a run ended: which rank was the first to fail, with what."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from atlas.errors import AtlasError, ConfigError, NonFiniteError
 from atlas.run import Run
 
 # What can end a run, as `kind` in `logs/failure.json` and the first words of the status's reason.
-PREEMPTED = "preempted"
-TIME_LIMIT = "time limit"
 STOPPED = "stopped"
 CRASH = "crash"
 NAN = "NaN"
@@ -43,17 +41,6 @@ def kind(error: BaseException) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return MEMORY
     return MEMORY if OUT_OF_MEMORY.search(str(error)) else CRASH
-
-
-def may_retry(failure: Mapping[str, Any], checkpoint_advanced: bool) -> bool:
-    """Whether a run that ended as `failure` says (`logs/failure.json`) may be started again by itself.
-
-    A preempted run always; a crashed one only if a checkpoint has advanced since its last start, or
-    it would crash again in the same place for ever. NaN, out of memory and a bad configuration come
-    again by themselves. A time limit may; how often is bounded by who counts (`max_requeues`).
-    """
-    what = failure.get("kind", CRASH)
-    return what in (PREEMPTED, TIME_LIMIT) or (what == CRASH and checkpoint_advanced)
 
 
 def failure(error: BaseException) -> tuple[str, str]:

@@ -52,35 +52,6 @@ def test_kinds(error, kind, state):
     )
 
 
-@pytest.mark.parametrize(
-    "kind, advanced, again",
-    [
-        ("preempted", True, True),
-        ("preempted", False, True),
-        ("time limit", True, True),
-        ("time limit", False, True),
-        ("crash", True, True),
-        ("crash", False, False),
-        ("NaN", True, False),
-        ("NaN", False, False),
-        ("out of memory", True, False),
-        ("out of memory", False, False),
-        ("bad configuration", True, False),
-        ("bad configuration", False, False),
-        ("stopped", True, False),
-        ("stopped", False, False),
-    ],
-)
-def test_what_is_tried_again(kind, advanced, again):
-    assert reasons.may_retry({"kind": kind}, advanced) is again
-
-
-def test_a_record_of_an_older_atlas_is_a_crash():
-    assert reasons.may_retry({"reason": "x"}, True) and not reasons.may_retry(
-        {"reason": "x"}, False
-    )
-
-
 def test_a_data_workers_error_is_told_without_its_traceback():
     assert reasons.message(RuntimeError(WORKER)) == "sample 3 cannot be read: OSError: torn"
 
