@@ -144,7 +144,7 @@ def test_a_library_has_its_places(library, allowed):
 
 
 def test_the_scan_sees_what_is_there():
-    assert "atlas/training/trainer.py" in files_importing("torch")
+    assert "atlas/training/gradient.py" in files_importing("torch")
     assert "atlas/store.py" in files_importing("mlflow")
     assert "atlas/worker.py" in files_importing("atlas.training")
 
