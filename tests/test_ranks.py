@@ -104,6 +104,33 @@ def test_killed_and_resumed(tmp_path, ranks):
     assert same(weights(run), weights(twin))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_killed_and_resumed_under_torchrun(tmp_path, ranks):
+    many = ("cluster.device=cpu", "data.batch_size=2")
+    train(*quick(tmp_path / "twin", *many, f"cluster.nproc_per_node={ranks}"))
+    arguments = quick(tmp_path / "killed", *many, "model.pause=0.02", "trainer.save_interval=3")
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    process = subprocess.Popen(
+        [*line, f"--master_port={random.randint(20000, 29000)}", "train.py", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    run = wait_for_step(tmp_path / "killed", 6)
+    family = psutil.Process(process.pid).children(recursive=True)
+    for one in [psutil.Process(process.pid), *family]:
+        one.kill()
+    psutil.wait_procs(family, timeout=20)
+    process.wait()
+    torchrun(ranks, *arguments)
+    twin = only_run(tmp_path / "twin")
+    assert points(run) == points(twin)
+    assert same(weights(run), weights(twin))
+
+
 def test_stopped_ranks_agree_on_the_step(tmp_path):
     arguments = quick(
         tmp_path, "cluster.device=cpu", "cluster.nproc_per_node=2", "model.pause=0.03"
