@@ -27,6 +27,7 @@ from commands import (
     weights,
 )
 
+TWO = ("cluster.device=cpu", "cluster.nproc_per_node=2", "data.batch_size=2")
 HEAVY = ("model._target_=own_parts.Heavy", "+model.ballast=4", "trainer.keep=1")
 
 
@@ -147,15 +148,28 @@ def test_killed_before_an_early_stop(tmp_path: Path) -> None:
     assert_twins(only_run(outputs), twin)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.fixture(scope="module")
+def two_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two ranks, which draw other dropout."""
+    outputs = tmp_path_factory.mktemp("two")
+    train(*quick(outputs, *TWO))
+    return only_run(outputs)
+
+
+@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 1), (2, 0), (2, 1)])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_asked_to_stop_while_data_is_waited_for(
-    tmp_path: Path, undisturbed: Path, split: str, workers: int
+    tmp_path: Path, request: pytest.FixtureRequest, split: str, ranks: int, workers: int
 ) -> None:
+    """One rank waits; the others, which have their data, leave with it."""
+    twin = request.getfixturevalue("undisturbed" if ranks == 1 else "two_undisturbed")
     flag = tmp_path / "flag"
     flag.touch()
     stuck = (f"data.{split}._target_=own_parts.Stuck", f"+data.{split}.flag={flag}")
-    arguments = quick(tmp_path / "o", *stuck, f"data.workers={workers}", "trainer.save_interval=1")
+    many = TWO if ranks > 1 else ()
+    arguments = quick(
+        tmp_path / "o", *stuck, *many, f"data.workers={workers}", "trainer.save_interval=1"
+    )
     process = start(*arguments)
     until(flag.with_suffix(".reached").exists, process)
     until(lambda: any((tmp_path / "o").glob("*/*/checkpoints/[0-9]*")), process)
@@ -169,7 +183,7 @@ def test_asked_to_stop_while_data_is_waited_for(
     assert checkpoint(tmp_path / "o", stopped["step"])
     flag.unlink()
     train(*arguments)
-    assert_twins(run, undisturbed)
+    assert_twins(run, twin)
 
 
 def test_asked_to_stop_in_validation(tmp_path: Path, undisturbed: Path) -> None:

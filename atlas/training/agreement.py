@@ -18,11 +18,15 @@ class Requests(NamedTuple):
     save: int = 0
     time_up: int = 0
 
+    def and_also(self, other: Requests) -> Requests:
+        """Both: the maximum of each."""
+        return Requests(*map(max, self, other))
+
 
 class Agreement:
-    """The maximum of all ranks' requests, started in one step and read in the next.
+    """The maximum of all ranks' requests, started while an update is finished and read after it.
 
-    The reduction runs on a CPU group beside the step, so that nothing waits for it; alone, a rank
+    The reduction runs on a CPU group beside the update, so that nothing waits for it; alone, a rank
     agrees with itself at once.
     """
 
@@ -30,23 +34,23 @@ class Agreement:
         self._world = world
         self._work: Any = None
         self._flags = torch.zeros(len(Requests._fields), dtype=torch.int64)
+        self._alone = Requests()
 
-    def exchange(self, mine: Requests) -> Requests:
-        """Put `mine` in, and get what the ranks put in a step ago."""
+    def start(self, mine: Requests) -> None:
+        """Say what this rank wants; every rank has to read the answer before it starts again."""
         if self._world.size == 1:
-            return mine
-        agreed = self._read()
+            self._alone = mine
+            return
         self._flags = torch.tensor(mine, dtype=torch.int64)
         self._work = dist.all_reduce(
             self._flags, op=dist.ReduceOp.MAX, group=self._world.cpu_group, async_op=True
         )
-        return agreed
 
-    def close(self) -> None:
-        """Let the last exchange end, so that no rank is left in it."""
-        self._read()
-
-    def _read(self) -> Requests:
+    def read(self) -> Requests:
+        """What the ranks want; nothing where they were not asked since this was last read."""
+        if self._world.size == 1:
+            mine, self._alone = self._alone, Requests()
+            return mine
         if self._work is None:
             return Requests()
         self._work.wait()

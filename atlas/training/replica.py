@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from atlas.training.distributed import World
 from atlas.training.lean import compile_in_place
 from atlas.training.randomness import StepSeeds
-from atlas.training.stream import TrainStream, to_device
 
 
 class Replica:
@@ -37,12 +36,12 @@ class Replica:
 
     def settle(
         self,
-        stream: TrainStream,
+        batch: Any,
         step: int,
         seeds: StepSeeds,
         autocast: contextlib.AbstractContextManager[Any],
     ) -> None:
-        """Wrap the model for several ranks, in the state that it will stay in.
+        """Wrap the model for several ranks, in the state that it will stay in; `batch` is any.
 
         DDP sorts its buckets anew after the first backward pass, and another order of summation
         differs in the last bits: a resumed run would not equal the undisturbed one. Two backward
@@ -50,7 +49,6 @@ class Replica:
         """
         if self._world.size == 1:
             return
-        batch = to_device(stream[step, 0][1], self._world.device)
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
 
         def backward() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from atlas.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
 from atlas.progress import Lines
-from atlas.stop import CODES, STATES, Stop, StopWaiting
+from atlas.stop import CODES, STATES, Stop
 from atlas.training.agreement import Agreement, Requests
+from atlas.training.ahead import ReadAhead
 from atlas.training.build import Parts
 from atlas.training.checkpoint import Checkpoints
 from atlas.training.distributed import World
@@ -95,51 +96,44 @@ class Trainer:
         self.validation = self._validation(config)
         self.replica = Replica(parts.model, world, bool(settings["compile"]))
         self.window = Window()
+        self.ahead = ReadAhead(stream, stop, self.accumulate)
         self._eval_for_good = frozen_modules(parts.model)
-        # With others, a rank that left its step would be waited for in the sum of the gradients.
-        self._wait: Callable[[Callable[[], Any]], Any] = stop.wait if world.size == 1 else _call
         self._pending: Pending | None = None
-        self._replaced = 0  # bad samples of this rank in this update
         self._saved_step = state.step
         self._saved_at = self._began = time.monotonic()
 
     def fit(self) -> Outcome:
         """Train to the last step, or until something asks to stop."""
         self.train_mode()
-        self.replica.settle(self.stream, self.state.step, self.seeds, self.autocast)
         with ending(self.stream.iterate(self.state.step, self.steps)) as batches:
-            ended = self._catch_up()
+            ended = self._begin(batches)
             while ended is None and self.state.step < self.steps:
-                try:
-                    self.train_step(self.state.step, batches)
-                except StopWaiting:  # nothing of this update has been applied yet
-                    ended = self._between_steps()
-                    break
+                self.train_step(self.state.step, batches)
                 self.state.step += 1
-                ended = self._between_steps()
-        self.agreement.close()
+                ended = self._between_steps(self.agreement.read())
         return ended or Outcome("finished", None, EXIT_DONE)
 
     def train_step(self, step: int, batches: Iterator[Any]) -> None:
         """Update number `step`, from 0: each micro-batch forward and backward, then the update."""
         self.optimizer.set_rates(step)
         sums = Sums(detailed=self._log_due(step))
-        for micro in range(self.accumulate):
-            batch = self._next(step, micro, batches)
+        replaced = self.ahead.replaced
+        for micro, batch in enumerate(self.ahead.take()):
             self.seeds.training(step, micro)
             with self.replica.synchronised(micro == self.accumulate - 1):
                 with self.autocast:
-                    out = self.replica(batch)
+                    out = self.replica(to_device(batch, self.world.device))
                 sums.add(out).backward()
         self.flush()  # the step before has reached the host by now
         sums.over_ranks(self.world)
         norm, good = self.gradient.finish(step, sums)
         if good is None:
             self._raise_if_bad()
+        self._look_ahead(step + 1, batches)  # while the device is at work
         self.optimizer.step(good)
         if self.ema:
             self.ema.update(step)
-        self._record(step, sums, norm)
+        self._record(step, sums, norm, replaced)
 
     def validate(self) -> bool:
         """Measure the model as it stands; whether it is the best so far."""
@@ -149,7 +143,7 @@ class Trainer:
         model.eval()
         try:
             with self.ema.applied() if self.ema else contextlib.nullcontext():
-                metrics = self.validation.run(model, self._interrupted, self._wait)
+                metrics = self.validation.run(model, self._interrupted, self.stop.wait)
         finally:
             self.train_mode()
         improved = self._judge(metrics["val/loss"])
@@ -204,24 +198,34 @@ class Trainer:
         if warning := self.tracker.warning():
             self.progress.say(f"warning: {warning}")
 
-    def _next(self, step: int, micro: int, batches: Iterator[Any]) -> Any:
-        waiting = time.perf_counter()
-        ids, batch = self._wait(lambda: next(batches))
-        self.window.waited += time.perf_counter() - waiting
-        if self.stream.skips:
-            self._replaced += self.stream.replaced(step, micro, ids)
-        return to_device(batch, self.world.device)
+    def _begin(self, batches: Iterator[Any]) -> Outcome | None:
+        """Get ready for the first update, and make the validation that a stop kept this step from."""
+        self._look_ahead(self.state.step, batches)
+        requests = self.agreement.read()
+        ended = None
+        if requests.stop or self._validation_missing():
+            ended = self._between_steps(requests)
+        if ended is None and self.state.step < self.steps:
+            batch = to_device(self.ahead.first(), self.world.device)
+            self.replica.settle(batch, self.state.step, self.seeds, self.autocast)
+        return ended
 
-    def _record(self, step: int, sums: Sums, norm: Any) -> None:
+    def _look_ahead(self, step: int, batches: Iterator[Any]) -> None:
+        """Read the data of update `step`, and ask what the ranks want to be done before it."""
+        if step < self.steps:
+            self.ahead.read(step, batches)
+        self.agreement.start(self._requests())
+
+    def _record(self, step: int, sums: Sums, norm: Any, replaced: int) -> None:
         self.window.steps += 1
         if self.stream.skips:
-            self.state.bad_samples += self.world.count(self._replaced)
-            self._replaced = 0
+            self.state.bad_samples += self.world.count(replaced)
         if self.settings["log_samples"]:
             self.tracker.samples(step, self.stream.ids(step))
         if not sums.detailed:
             return
         batch = self.stream.effective_batch
+        self.window.waited = self.ahead.take_waited()
         other = {
             **{f"lr/{name}": rate for name, rate in self.optimizer.rates(step).items()},
             **self.window.metrics(batch),
@@ -234,21 +238,17 @@ class Trainer:
         if self.world.device.type == "cpu":
             self.flush()
 
-    def _between_steps(self) -> Outcome | None:
+    def _between_steps(self, requests: Requests) -> Outcome | None:
         """What follows an update: validate, journal, save, stop; each only where it is due."""
         improved = False
-        if self._validation_due():
+        if self._validation_due() and not requests.stop:
             with contextlib.suppress(Interrupted):  # then it is validated after the restart
                 improved = self.validate()
-        requests = self.agreement.exchange(self._requests())
+            requests = requests.and_also(self.agreement.read())
         ended = self._ended(requests)
         if improved or ended or requests.save or self._save_due():
             self.save()
         return ended
-
-    def _catch_up(self) -> Outcome | None:
-        """The validation that a stop kept this step from having."""
-        return self._between_steps() if self._validation_missing() else None
 
     def _requests(self) -> Requests:
         minutes, limit = self.settings["save_minutes"], self.settings["max_time"]
@@ -260,7 +260,10 @@ class Trainer:
         )
 
     def _interrupted(self) -> bool:
-        return bool(self.agreement.exchange(Requests(stop=self.stop.code)).stop)
+        """Whether the ranks had agreed to stop a round of validation ago."""
+        agreed = self.agreement.read()
+        self.agreement.start(Requests(stop=max(agreed.stop, self.stop.code)))
+        return bool(agreed.stop)
 
     def _ended(self, requests: Requests) -> Outcome | None:
         patience = self.settings["patience"]
@@ -339,10 +342,6 @@ class Trainer:
             on_bad=on_bad(config),
             batches=self.settings["val_batches"],
         )
-
-
-def _call(get: Callable[[], Any]) -> Any:
-    return get()
 
 
 def validation_interval(wanted: int | str | None, samples: int) -> int | None:

@@ -69,11 +69,8 @@ class Validation:
         `Interrupted` is raised on all of them. Data is waited for by `wait`, as in training.
         """
         began = time.perf_counter()
-        try:
-            with ending(iter(self._stream)) as batches:
-                sums = self._measure(model, interrupted, lambda: wait(lambda: _next(batches)))
-        except StopWaiting:
-            raise Interrupted from None
+        with ending(iter(self._stream)) as batches:
+            sums = self._measure(model, interrupted, lambda: wait(lambda: _next(batches)))
         weight = max(sums.pop("weight"), 1e-12)
         metrics = {f"val/{name}": value / weight for name, value in sums.items()}
         metrics.update(self._against_baselines(metrics))
@@ -89,7 +86,10 @@ class Validation:
         for _ in range(self._rounds):
             if interrupted():
                 raise Interrupted
-            chunk, count, batch = following()
+            try:
+                chunk, count, batch = following()
+            except StopWaiting:
+                continue  # the other ranks have begun this round, and hear of it in the next
             if batch is None:
                 continue
             self._seeds.validation(chunk)
@@ -100,6 +100,9 @@ class Validation:
             for name, value in {"loss": out["loss"], **scalars(out)}.items():
                 # In float64 and on the device: exact enough for any size, and nothing waits.
                 sums[name] = sums.get(name, 0.0) + double(value) * double(weight)
+        for _ in range(2):  # asked, and answered: a rank may have left out a batch
+            if interrupted():
+                raise Interrupted
         return self._over_ranks({name: float(value) for name, value in sums.items()})
 
     def _against_baselines(self, metrics: Mapping[str, float]) -> dict[str, float]:
