@@ -36,13 +36,11 @@ class Holder:
     @classmethod
     def me(cls) -> Holder:
         """This process, with its Slurm job where it has one."""
-        job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
             started=_started(os.getpid()),
-            job_id=f"{job}_{task}" if job and task else job,
+            job_id=job_id(),
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             token=uuid.uuid4().hex,
         )
@@ -125,6 +123,13 @@ class Lock:
             with contextlib.suppress(OSError):
                 if self.is_mine():
                     os.utime(self.path)
+
+
+def job_id() -> str | None:
+    """The Slurm job that this process is part of, as squeue writes it: `12`, in an array `12_3`."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{job}_{task}" if job and task else job
 
 
 @contextlib.contextmanager

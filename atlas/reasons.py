@@ -50,6 +50,15 @@ def failure(error: BaseException) -> tuple[str, str]:
     return "failed", f"{kind(error)}: {type(error).__name__}: {message(error)}"
 
 
+def may_retry(kind: str, advanced: bool) -> bool:
+    """Whether a failure of this kind may be tried again without a person's doing.
+
+    A crash only if a checkpoint has `advanced` since the attempt began: what breaks at the same
+    place again is no accident. What is not finite or too large would be so again.
+    """
+    return kind == CRASH and advanced
+
+
 def message(error: BaseException) -> str:
     """What `error` says; of one that was raised in a data worker, without its traceback."""
     text = str(error).strip() or "no message"

@@ -57,6 +57,13 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def saved(self) -> int:
+        """Updates that the newest checkpoint has, without a look into it; 0 where there is none."""
+        return max(
+            (int(p.name) for p in self.checkpoints.glob("[0-9]*") if p.name.isdigit()), default=0
+        )
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -34,6 +33,7 @@ from atlas.errors import (
 from atlas.lock import guarded
 from atlas.plan import summary
 from atlas.run import ROOT, Run
+from launchers import epilog
 from launchers.base import Handle, Launcher
 from launchers.squeue import (
     ENDED,
@@ -100,9 +100,6 @@ CODES = {"finished": EXIT_DONE, "preempted": EXIT_STOPPED, "killed": EXIT_STOPPE
 # Slurm sends the signal before a time limit up to a minute early (man sbatch, --signal).
 EARLY_S = 60.0
 POLL_S = 2.0
-# How gloo and NCCL say that another rank is gone, and how long srun may take to say which and why.
-PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process", "watchdog")
-SRUN_S = 3.0
 # Ports below the range that Linux gives to outgoing connections (32768 and above).
 FIRST_PORT, PORTS = 10_000, 20_000
 
@@ -162,7 +159,7 @@ class SlurmLauncher(Launcher):
         folder = run.path / "slurm" / str(_next_number(run.path / "slurm"))
         command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
         known = set(SlurmExecutor._valid_parameters())
-        parameters = {k: v for k, v in self._parameters([run]).items() if k in known}
+        parameters = {k: v for k, v in self._parameters([run], folder).items() if k in known}
         text = _make_sbatch_string(command=command, folder=folder, **parameters)
         return text + tested(text)
 
@@ -196,7 +193,7 @@ class SlurmLauncher(Launcher):
         executor = SlurmExecutor(
             folder, max_num_timeout=int(self._settings["max_requeues"]), python=_python()
         )
-        executor.update_parameters(**self._parameters(runs))
+        executor.update_parameters(**self._parameters(runs, folder))
         try:
             # submitit prints sbatch's words, and raises them too.
             with outside_allocation(), contextlib.redirect_stderr(io.StringIO()):
@@ -207,7 +204,7 @@ class SlurmLauncher(Launcher):
             raise AtlasError(f"sbatch refused the job: {sentence(error)}") from error
         return [job.job_id for job in jobs]
 
-    def _parameters(self, runs: Sequence[Run]) -> dict[str, Any]:
+    def _parameters(self, runs: Sequence[Run], folder: Path) -> dict[str, Any]:
         """What submitit makes the sbatch script of; everything that is null is left out."""
         s = self._settings
         name = runs[0].path.parent.name
@@ -221,7 +218,7 @@ class SlurmLauncher(Launcher):
             "time": int(s["timeout_min"]),
             "signal_delay_s": int(s["signal_delay_s"]),
             "array_parallelism": s["array_parallelism"] or len(runs),
-            "setup": self._setup(),
+            "setup": self._setup(folder),
             "stderr_to_stdout": True,
             "srun_args": self._srun_arguments(),
             # As further parameters, since submitit would take the signal from a variable of the
@@ -238,13 +235,14 @@ class SlurmLauncher(Launcher):
         # submitit would charge its own name to a cluster's accounts of projects.
         return {**{k: v for k, v in parameters.items() if v is not None}, "wckey": None}
 
-    def _setup(self) -> list[str]:
+    def _setup(self, folder: Path) -> list[str]:
         root = shlex.quote(str(ROOT))
         return [
             *self._settings["setup"],
             "export SUBMITIT_PREEMPT_SIGNAL=USR2",
             # This clone, and not what happens to lie in the working directory.
             f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1',
+            epilog.trap(sys.executable, folder),
         ]
 
     def _srun_arguments(self) -> list[str]:
@@ -382,14 +380,18 @@ class Task:
         # and what requeues the job in the end.
         handler = getattr(signal.getsignal(signal.SIGUSR2), "__self__", None)
         os.environ.update(rank_environment())
+        run, rank = Run(self.path), int(os.environ["RANK"])
+        if handler and rank == 0:
+            epilog.note_attempt(run, handler._job_paths.folder)
         code = worker.main(self.path)
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # all is saved, nothing is left to be asked for
-        if int(os.environ["RANK"]):
+        if rank:
             # Not 75: srun would end rank 0, which has the last metrics to send and the job to
             # requeue.
             worker.leave(EXIT_DONE if code == EXIT_STOPPED else code)
-        settle(Run(self.path), code, handler)
+        if handler and code == EXIT_STOPPED:
+            settle(run, handler)
         worker.leave(code)
 
     def checkpoint(self) -> Any:
@@ -399,45 +401,13 @@ class Task:
         return DelayedSubmission(self)
 
 
-def settle(run: Run, code: int, handler: Any) -> None:
-    """Rank 0's last act: say which rank failed first, requeue a preempted job."""
-    if handler is None:
-        return
+def settle(run: Run, handler: Any) -> None:
+    """Rank 0's last act in a job that was asked to stop: requeue it where that was a preemption."""
     state = run.status.get("state")
-    if code == EXIT_FAILED and state == "failed":
-        reason = _first_failure(run, handler._job_paths.stdout)
-        if reason and run.status["state"] == "failed":  # and not sent again in the meantime
-            run.update_status(reason=reason)
-    if code != EXIT_STOPPED:
-        return
     if state == "preempted" or (state == "killed" and is_preempted()):
         told = requeue(handler, is_out_of_time(run))
         print(told, flush=True)
         run.update_status(state="preempted", reason=told)
-
-
-def _first_failure(run: Run, log: Path) -> str | None:
-    """Why the run failed, where rank 0 itself only saw that another rank was gone."""
-    failure = run.failure
-    if failure and failure["rank"]:
-        if failure["reason"] == run.status["reason"]:
-            return None  # all ranks saw the same
-        where = f"rank {failure['rank']} on {failure['host']}"
-        print(f"the first to fail was {where}:\n{failure['traceback'] or failure['message']}")
-        return f"{where}: {failure['reason']}"
-    if not failure or not any(word in failure["reason"] for word in PEER_GONE):
-        return None
-    deadline = time.monotonic() + SRUN_S
-    while (word := _srun_says(log)) is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return word and f"{word} ({failure['reason']})"
-
-
-def _srun_says(log: Path) -> str | None:
-    """srun's word on the first task that ended badly in this attempt, such as `n1: task 1: Killed`."""
-    attempt = log.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
-    found = re.search(r"^srun: error: (\S+: tasks? .*)$", attempt, re.MULTILINE)
-    return found and found[1]
 
 
 def requeue(handler: Any, timed_out: bool) -> str:

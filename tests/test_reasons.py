@@ -52,6 +52,12 @@ def test_kinds(error, kind, state):
     )
 
 
+@pytest.mark.parametrize("kind", [reasons.CRASH, reasons.NAN, reasons.MEMORY, reasons.CONFIG])
+@pytest.mark.parametrize("advanced", [True, False])
+def test_what_may_be_tried_again(kind, advanced):
+    assert reasons.may_retry(kind, advanced) == (kind == "crash" and advanced)
+
+
 def test_a_data_workers_error_is_told_without_its_traceback():
     assert reasons.message(RuntimeError(WORKER)) == "sample 3 cannot be read: OSError: torn"
 

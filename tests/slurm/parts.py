@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 from own_parts import Net, Points
@@ -16,6 +17,28 @@ class Brittle(Points):
         if index == 7 and os.environ["RANK"] == "1":
             raise RuntimeError("sample 7 cannot be read")
         return super().__getitem__(index)
+
+
+class Faulty(Points):
+    """Points in whose reading rank `rank` breaks `how`, after `after[n]` samples in attempt n."""
+
+    def __init__(self, how: str, rank: int, after: list[int], **other: float) -> None:
+        super().__init__(**other)
+        attempt = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        mine = os.environ.get("RANK") == str(rank) and attempt < len(after)
+        self.how, self.left = how, after[attempt] if mine else -1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.left -= 1
+        sample = super().__getitem__(index)
+        if self.left != 0:
+            return sample
+        if self.how == "raise":
+            raise RuntimeError("the cable is loose")
+        if self.how == "infinite":
+            return {**sample, "x": sample["x"] / 0}
+        os.kill(os.getpid(), getattr(signal, self.how))
+        return sample
 
 
 class Absent(Points):

@@ -232,6 +232,40 @@ def test_an_error_in_one_rank_is_the_reason_that_is_told(tmp_path):
     assert stopped["reason"].startswith("rank 1 on ") and "sample 7" in stopped["reason"]
 
 
+def faulty(outputs, how, rank, after):
+    """A run of two ranks that are saved every second update and break by then."""
+    data = ("data.train._target_=parts.Faulty", f"+data.train.how={how}")
+    more = (f"+data.train.rank={rank}", f"+data.train.after={after}", "trainer.save_interval=2")
+    return submit(outputs, *data, *more, PYTHONPATH=str(Path(__file__).parent))
+
+
+@pytest.mark.parametrize("how, rank", [("raise", 1), ("SIGSEGV", 0)])
+def test_a_crash_is_tried_again_where_a_checkpoint_has_advanced(tmp_path, undisturbed, how, rank):
+    run, job = faulty(tmp_path, how, rank, [100])
+    finished(run, job)
+    assert field(job, "Restarts") == "1" and status(run)["restarts"] == 1
+    assert "are saved, so the job is back in the queue" in log(run, job)
+    assert_twins(run, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "how, rank, after, restarts, kind",
+    [
+        ("raise", 1, [100, 4], "1", "crash"),  # the second attempt gets nowhere
+        pytest.param("SIGKILL", 1, [100], "0", "out of memory", marks=pytest.mark.slow),
+        pytest.param("SIGKILL", 0, [100], "0", "out of memory", marks=pytest.mark.slow),
+        pytest.param("infinite", 1, [100], "0", "NaN", marks=pytest.mark.slow),
+    ],
+)
+def test_a_failure_that_is_not_tried_again(tmp_path, how, rank, after, restarts, kind):
+    run, job = faulty(tmp_path, how, rank, after)
+    assert ended(job)[0] == "FAILED"
+    assert field(job, "Restarts") == restarts and status(run)["restarts"] == int(restarts)
+    assert status(run)["state"] == "failed" and kind in status(run)["reason"]
+    assert Run(run).failure["kind"] == kind
+    assert log(run, job).splitlines()[-1].startswith("failed: rank ")
+
+
 def test_an_error_in_all_ranks_ends_the_job(tmp_path):
     run, job = submit(tmp_path, "+data.train.bad=7")
     assert ended(job) == ("FAILED", "1:0")
