@@ -154,11 +154,13 @@ def full_disk(folder: Path, times: int) -> Iterator[Row]:
 
 
 def _filled(folder: Path, disk: Path, times: int) -> Row:
-    slow = (*HEAVY, "model.pause=0.005", "trainer.save_interval=4")
-    twin = Victim(folder / "twin-disk", f"trainer.steps={STEPS}", *slow)
+    # Every attempt gets two checkpoints further.
+    steps = 12 * times
+    slow = (*HEAVY, "model.pause=0.005", "trainer.save_interval=4", f"trainer.steps={steps}")
+    twin = Victim(folder / "twin-disk", *slow)
     twin.start(0)
     row = Row("full disk", "while saving")
-    victim = Victim(disk / "o", f"trainer.steps={STEPS}", *slow)
+    victim = Victim(disk / "o", *slow)
     for _ in range(times):
         saved = victim.saved() if victim.outputs.exists() else 0
         victim.start()
@@ -169,7 +171,7 @@ def _filled(folder: Path, disk: Path, times: int) -> Row:
             assert victim.process
             row.tried += victim.process.wait(60) == 1
             filler.unlink()
-        if victim.saved() >= STEPS:
+        if victim.saved() >= steps:
             break
     victim.start(0)
     row.add(victim, twin)

@@ -2,10 +2,11 @@
 
 python benchmarks/soak.py --minutes 10
 
-Two runs are at work at any time. Each is struck up to four times (SIGKILL, SIGTERM, SIGUSR2) at
-random moments, started again, and at its end compared to the bit with a twin that nothing happened
-to; the server of MLflow is killed and started again meanwhile. The count at the end says what was
-lost. Requeues by Slurm are not part of it: tests/slurm has them.
+Two runs are at work at any time, and a third as a job where this machine has a Slurm (tests/slurm/up
+starts one; `--slurm` insists on it). Each is struck up to four times at random moments: by SIGKILL,
+SIGTERM and SIGUSR2; the job by Slurm's own means and by a crash. Each is started again where nothing
+else does it, and at its end compared to the bit with a twin that nothing happened to; the server of
+MLflow is killed and started again meanwhile. The count at the end says what was lost.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from jobs import EVENTS, Job
 from measure import ROOT, environment, heading
 from victims import Victim, points
+
+from atlas.errors import AtlasError
+from launchers.squeue import queue
 
 KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2)
 RUN = ("trainer.steps=120", "trainer.save_interval=7", "trainer.val_interval=30")
@@ -98,10 +103,12 @@ class Server:
 class Pair:
     """A run, its twin without faults, and how often it is still to be struck."""
 
+    kind: type[Victim] = Victim
+
     def __init__(self, folder: Path, seed: int, uri: str, chance: random.Random) -> None:
         self._chance = chance
         self.twin = Victim(folder / f"twin{seed}", *RUN, f"seed={seed}")
-        self.victim = Victim(
+        self.victim = self.kind(
             folder / f"run{seed}",
             *(*RUN, *SLOW, f"seed={seed}"),
             *("tracking=mlflow", "tracking.wait_s=0", f"tracking.uri={uri}"),
@@ -115,9 +122,8 @@ class Pair:
         assert self.victim.process
         code = self.victim.process.poll()
         if code is None and self.strikes and time.monotonic() > self._at:
-            number = self._chance.choice(KINDS)
             self.strikes -= 1
-            faults[number.name] += self.victim.strike(number)
+            self.strike(faults)
             code = self.victim.process.poll()
         if code is None or code == 0:
             return code == 0
@@ -128,9 +134,37 @@ class Pair:
         self._aim()
         return False
 
+    def strike(self, faults: Counter[str]) -> None:
+        """Strike once, and count it."""
+        number = self._chance.choice(KINDS)
+        faults[number.name] += self.victim.strike(number)
+
     def _aim(self) -> None:
         fresh = not any(self.victim.outputs.glob("*/*/checkpoints/[0-9]*"))
         self._at = time.monotonic() + self._chance.uniform(0.05, 6.0 if fresh else 2.0)
+
+
+class QueuedPair(Pair):
+    """The same of a job in Slurm's queue."""
+
+    kind = Job
+    victim: Job
+
+    def strike(self, faults: Counter[str]) -> None:
+        """Let something happen to the job; it goes on by itself, or is sent again."""
+        what = self._chance.choice(list(EVENTS))
+        struck = self.victim.befall(what)
+        faults[what] += struck
+        self.strikes += not struck  # it waited in the queue
+        self._aim()
+
+
+def slurm_answers() -> bool:
+    """Whether there is a queue to send jobs to."""
+    with contextlib.suppress(AtlasError):
+        queue([])
+        return True
+    return False
 
 
 def tracked(victim: Victim, uri: str) -> Counter[str]:
@@ -161,7 +195,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slurm", action="store_true", help="fail where there is no Slurm")
     args = parser.parse_args()
+    kinds: list[type[Pair]] = [Pair] * AT_ONCE
+    if slurm_answers():
+        kinds.append(QueuedPair)
+    elif args.slurm:
+        raise SystemExit("no Slurm answers here; tests/slurm/up starts one")
     chance = random.Random(args.seed)
     print(heading(f"Soak of {args.minutes:g} min"), flush=True)
     folder = Path(tempfile.mkdtemp(prefix="atlas-soak-"))
@@ -169,14 +209,15 @@ def main() -> None:
     faults: Counter[str] = Counter()
     try:
         ended = strike_until(
-            time.monotonic() + 60 * args.minutes, folder, server.uri, chance, faults
+            time.monotonic() + 60 * args.minutes, folder, server.uri, chance, faults, kinds
         )
         server.stay()
         lost = count(ended, server.uri)
     finally:
         server.end()
     faults["mlflow server killed"] = server.deaths
-    print(f"runs finished: {len(ended)}")
+    jobs = sum(isinstance(pair, QueuedPair) for pair in ended)
+    print(f"runs finished: {len(ended)}, {jobs} of them on Slurm")
     print(f"faults: {sum(faults.values())} ({', '.join(f'{n} {k}' for k, n in faults.items())})")
     print(f"updates taken again: {sum(pair.victim.repeated for pair in ended)}")
     print("\n".join(f"{what}: {number}" for what, number in lost.items()))
@@ -186,14 +227,22 @@ def main() -> None:
 
 
 def strike_until(
-    end: float, folder: Path, uri: str, chance: random.Random, faults: Counter[str]
+    end: float,
+    folder: Path,
+    uri: str,
+    chance: random.Random,
+    faults: Counter[str],
+    kinds: list[type[Pair]],
 ) -> list[Pair]:
-    """All runs that were started before `end`, finished."""
+    """All runs that were started before `end`, finished; one of each of `kinds` at a time."""
     seed, active, ended = 0, list[Pair](), list[Pair]()
     while active or time.monotonic() < end:
-        while len(active) < AT_ONCE and time.monotonic() < end:
+        free = list(kinds)
+        for pair in active:
+            free.remove(type(pair))
+        for kind in free if time.monotonic() < end else ():
             seed += 1
-            active.append(Pair(folder, seed, uri, chance))
+            active.append(kind(folder, seed, uri, chance))
         for pair in list(active):
             if time.monotonic() > end:
                 pair.strikes = 0

@@ -71,10 +71,11 @@ class Victim:
     def __init__(self, outputs: Path, *overrides: str) -> None:
         self.outputs = outputs
         # The report at the end need not be waited for.
-        self.overrides = ["tracking.wait_s=0", *overrides]
+        counted = "optim.optimizer._target_=own_parts.Tallied"
+        self.overrides = ["tracking.wait_s=0", counted, *overrides]
+        self.environment = environment(TALLY=str(outputs / "tally"))
         self.forks = not any("nproc_per_node" in text for text in overrides)
         self.process: subprocess.Popen[bytes] | Forked | None = None
-        self.repeated = 0  # updates that were taken again
 
     def command(self) -> list[str]:
         """Its command line."""
@@ -86,10 +87,10 @@ class Victim:
         self.outputs.mkdir(parents=True, exist_ok=True)
         with open(self.outputs / "said.log", "ab") as log:
             if self.forks and any(self.outputs.glob("*/*/lock.json")):
-                self.process = Forked(self.run, log.fileno(), environment())
+                self.process = Forked(self.run, log.fileno(), self.environment)
                 return None if code is None else self.wait(code)
             self.process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, env=environment(), start_new_session=True
+                self.command(), stdout=log, stderr=log, env=self.environment, start_new_session=True
             )
         return None if code is None else self.wait(code)
 
@@ -119,14 +120,11 @@ class Victim:
         """Send a signal, and SIGKILL to all that is left; whether it found the process alive."""
         assert self.process
         alive = self.process.poll() is None
-        before = self.recorded()
         if alive:
             self.process.send_signal(number)
         self.process.wait(PATIENCE_S)
         if number == signal.SIGKILL:
             self._wait_for_ranks()
-        if alive:
-            self.repeated += max(0, before - self.saved())
         return alive
 
     def _wait_for_ranks(self) -> None:
@@ -147,12 +145,10 @@ class Victim:
         names = self.outputs.glob("*/*/checkpoints/[0-9]*")
         return max((int(path.name) for path in names), default=0)
 
-    def recorded(self) -> int:
-        """Updates that the journal holds."""
-        file = next(self.outputs.glob("*/*/metrics.jsonl"), None)
-        text = file.read_text() if file else ""
-        steps = [int(step) for step in _steps(text)]
-        return max(steps, default=-1) + 1
+    @property
+    def repeated(self) -> int:
+        """Updates of the finished run that were taken again."""
+        return (self.outputs / "tally").stat().st_size - self.saved()
 
     def lost(self, twin: Victim) -> dict[str, int]:
         """What differs from the undisturbed `twin`: all zero where nothing was lost."""
@@ -201,12 +197,6 @@ def unreadable(run: Path) -> int:
     from atlas.training.checkpoint import Checkpoints, is_intact
 
     return sum(not is_intact(path) for path in Checkpoints(run / "checkpoints").steps())
-
-
-def _steps(text: str) -> list[str]:
-    return [
-        line[9:].partition(",")[0] for line in text.splitlines() if line.startswith('{"step": ')
-    ]
 
 
 def _differ(one: Path, other: Path) -> int:

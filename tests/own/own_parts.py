@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -106,6 +107,19 @@ class Plain(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(p.grad, alpha=-group["lr"])
+
+
+class Tallied(torch.optim.AdamW):
+    """AdamW whose updates are counted: rank 0 adds a byte for each to the file $TALLY."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        if (
+            "TALLY" in os.environ
+            and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        ):
+            with open(os.environ["TALLY"], "ab") as tally:
+                tally.write(b".")
 
 
 def staircase(step: int, total: int, stairs: int) -> float:
