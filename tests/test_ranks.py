@@ -104,6 +104,36 @@ def test_killed_and_resumed(tmp_path, ranks):
     assert same(weights(run), weights(twin))
 
 
+@pytest.mark.parametrize(
+    "sizes", [(2, 1, 2), pytest.param((8, 4, 2, 1, 8), marks=pytest.mark.slow)], ids=str
+)
+def test_resumed_at_other_world_sizes(tmp_path, sizes):
+    """The same samples in the same updates, and the curve goes on as it would have."""
+    device, smooth = "cluster.device=cpu", ("model.dropout=0", "data.batch_size=2")
+    first = (*smooth, device, f"cluster.nproc_per_node={sizes[0]}")
+    train(*quick(tmp_path / "twin", *first))
+    outputs = tmp_path / "cut"
+    process = start(*quick(outputs, *first, "model.pause=0.03", "trainer.save_interval=2"))
+    run = wait_for_step(outputs, 4)
+    for size in sizes[1:]:
+        kill(process)
+        at = max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
+        where = (f"resume={run.name}", f"outputs={outputs}", device)
+        process = start(*where, f"cluster.nproc_per_node={size}")
+        if size != sizes[-1]:
+            wait_for_step(outputs, at + 3)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    twin = only_run(tmp_path / "twin")
+    assert lines(run / "samples.jsonl") == lines(twin / "samples.jsonl")
+    found, wanted = points(run), points(twin)
+    assert found.keys() == wanted.keys()
+    assert all(found[at] == pytest.approx(wanted[at], rel=1e-3, abs=1e-6) for at in wanted)
+    refused = train(*where, "cluster.nproc_per_node=7", code=1).stderr
+    all_sizes = [n for n in range(1, 2 * sizes[0] + 1) if 2 * sizes[0] % n == 0]
+    assert f"world sizes that would do: {', '.join(map(str, all_sizes))}" in refused
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_killed_and_resumed_under_torchrun(tmp_path, ranks):
