@@ -25,6 +25,7 @@ logger = logging.getLogger("atlas")
 
 PIXEL = np.dtype(np.uint8)
 LOG_EVERY = 10.0  # seconds between two lines about a long decode
+REMEDY = "copy it anew, or delete it and set data.on_missing=skip, which leaves out what needs it"
 
 
 class VideoError(Exception):
@@ -43,23 +44,28 @@ class Video:
     def decode(self, height: int, width: int) -> Iterator[np.ndarray]:
         """Its frames in order, each uint8 [3, height, width].
 
-        Raises VideoError where it cannot be decoded, ends early or runs at another rate.
+        Raises VideoError, with the second where there is one, where it cannot be decoded, lacks
+        frames or runs at another rate.
         """
         import av
 
-        count = 0
+        count, at = 0, ""
         try:
             with av.open(str(self.path)) as container:
                 stream = container.streams.video[0]
                 self._check_rate(stream.average_rate)
                 stream.thread_type = "AUTO"
-                for frame in islice(self._from_start(container, stream), self.frames):
+                frames = self._whole(self._from_start(container, stream))
+                at = f" from about {self.start:g} s on"
+                for frame in islice(frames, self.frames):
                     # AREA averages the pixels that fall together; the others would alias.
                     small = frame.reformat(width, height, format="rgb24", interpolation="AREA")
                     yield small.to_ndarray().transpose(2, 0, 1)
                     count += 1
+                    # Packets are decoded ahead of the frames, so the damage is there or soon after.
+                    at = f" from about {self.start + count / self.fps:g} s on"
         except (av.FFmpegError, IndexError) as error:
-            raise VideoError(f"{self.path}: cannot be decoded ({error}); copy it anew") from error
+            raise VideoError(f"{self.path}: cannot be decoded{at} ({error}); {REMEDY}") from error
         if count < self.frames:
             raise VideoError(
                 f"{self.path}: has {count} frames{self._where}, its table {self.frames} rows; "
@@ -85,6 +91,24 @@ class Video:
                 )
             if frame.time >= first:
                 yield frame
+
+    def _whole(self, frames: Iterator[Any]) -> Iterator[Any]:
+        """The frames as they come; what a decoder conceals or leaves out is an error here."""
+        # Where an episode begins in a file is known, and that a file begins at 0 is not.
+        before = self.start - 1 / self.fps if self.start else None
+        for frame in frames:
+            if frame.is_corrupt:
+                at = "" if frame.time is None else f" at {frame.time:g} s"
+                raise VideoError(f"{self.path}: the frame{at} is damaged; {REMEDY}")
+            # Row i is taken to be frame i, so after a gap every frame would be another row's.
+            gap = 0.0 if None in (before, frame.time) else frame.time - before
+            if gap > 1.5 / self.fps:
+                raise VideoError(
+                    f"{self.path}: has no frame between {before:g} and {frame.time:g} s; encode "
+                    "it anew with a frame for every row of its table"
+                )
+            before = frame.time
+            yield frame
 
     def _check_rate(self, rate: object) -> None:
         # Row i is taken to be frame i, which another rate would break without a sign of it.
