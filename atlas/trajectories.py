@@ -86,5 +86,5 @@ def _panel(axes: Any, episode: Episode, joint: int) -> None:
 def _most_moved(episode: Episode) -> list[int]:
     """The actions that span most of the values, in their own order."""
     first = episode.actions[:, 0]
-    spans = first.max(axis=0) - first.min(axis=0)
+    spans = np.nanmax(first, axis=0) - np.nanmin(first, axis=0)  # a sample left out is NaN
     return sorted(np.argsort(-spans, kind="stable")[:MOST_PANELS].tolist())

@@ -21,7 +21,7 @@ from atlas.run import Run
 from atlas.training.build import build_data
 from atlas.training.policy import Policy, load_policy
 from atlas.training.randomness import StepSeeds
-from atlas.training.stream import Fetcher
+from atlas.training.stream import Fetcher, on_bad
 from atlas.trust import config_of
 
 NEEDED = ("state", "actions", "action_mask")
@@ -46,14 +46,14 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
     if hasattr(val, "prepare"):
         val.prepare()
     predictions = Predictions(config, policy, val)
-    errors = predictions.errors()
+    errors, samples = predictions.errors()
     joints = action_names(val, errors.table.shape[1])
     found = {
         "run": run.id,
         "name": config["name"],
         "step": policy.step,
         "device": str(policy.device),
-        "samples": len(val),
+        "samples": samples,
         "episodes": len(np.unique(val.episode)) if hasattr(val, "episode") else None,
         "error": summary(errors, joints),
         "baselines": _baselines(config, train, val, errors, joints),
@@ -74,16 +74,20 @@ class Predictions:
     def __init__(self, config: Mapping[str, Any], policy: Policy, data: Any) -> None:
         self._policy, self._data = policy, data
         self._size = int(config["data"]["batch_size"])
-        self._fetcher = Fetcher(data, int(config["seed"]))
+        self._fetcher = Fetcher(data, int(config["seed"]), on_bad(config))
         # As in the run's validations, so that what is drawn at random is drawn alike.
         self._seeds = StepSeeds(int(config["seed"]), 0, policy.device)
 
-    def errors(self) -> Errors:
-        """Of all samples, in the data's own units."""
-        errors = Errors()
-        for _, predicted, batch in self._batches(np.arange(len(self._data))):
+    def errors(self) -> tuple[Errors, int]:
+        """Of all samples, in the data's own units, and the number of samples.
+
+        With data.on_bad=skip without the bad ones, as in the run's validations.
+        """
+        errors, samples = Errors(), 0
+        for ids, predicted, batch in self._batches(np.arange(len(self._data))):
             errors.add(predicted, batch["actions"].numpy(), batch["action_mask"].numpy())
-        return errors
+            samples += len(ids)
+        return errors, samples
 
     def episode(self, names: list[str]) -> trajectories.Episode | None:
         """The first episode, to be drawn; None where the data does not tell its episodes."""
@@ -92,9 +96,14 @@ class Predictions:
         first = self._data.episode[0]
         ids = np.flatnonzero(self._data.episode == first)
         parts = [
-            (p, b["actions"].numpy(), b["action_mask"].numpy()) for _, p, b in self._batches(ids)
+            (i, p, b["actions"].numpy(), b["action_mask"].numpy()) for i, p, b in self._batches(ids)
         ]
-        predictions, actions, mask = (np.concatenate(part) for part in zip(*parts))
+        if not parts:
+            return None
+        read, *found = (np.concatenate(part) for part in zip(*parts))
+        predictions, actions, mask = (
+            _at(np.searchsorted(ids, read), part, len(ids)) for part in found
+        )
         period, unit = times(self._data.spec)
         interval = self._data.spec.get("interval", period)
         return trajectories.Episode(
@@ -112,10 +121,20 @@ class Predictions:
         """Ids, predicted chunks [B, T, A] and the batch."""
         for chunk, start in enumerate(range(0, len(ids), self._size)):
             part = ids[start : start + self._size]
-            batch = self._fetcher.fetch(part, part)
+            part, batch = self._fetcher.good(part, part, refill=False)
+            if batch is None:
+                continue
             check_batch(batch)
             self._seeds.validation(chunk)
             yield part, self._policy.act_batch(batch).numpy(), batch
+
+
+def _at(places: Array, rows: Array, count: int) -> Array:
+    """`count` rows, those of `rows` at their `places`, the others a gap in a drawing."""
+    gap = False if rows.dtype == bool else np.nan
+    spread = np.full((count, *rows.shape[1:]), gap, rows.dtype)
+    spread[places] = rows
+    return spread
 
 
 def rollout(policy: Policy, data: Any) -> dict[str, float] | None:
@@ -156,10 +175,13 @@ def blocks(config: Mapping[str, Any], data: Any) -> Iterator[Block]:
     if hasattr(data, "blocks"):
         yield from data.blocks()
         return
-    size, fetcher = int(config["data"]["batch_size"]), Fetcher(data, int(config["seed"]))
+    size = int(config["data"]["batch_size"])
+    fetcher = Fetcher(data, int(config["seed"]), on_bad(config))
     for start in range(0, len(data), size):
         ids = np.arange(start, min(start + size, len(data)))
-        batch = fetcher.fetch(ids, ids)
+        _, batch = fetcher.good(ids, ids, refill=False)
+        if batch is None:
+            continue
         check_batch(batch)
         state, actions, mask = (batch[key].numpy() for key in NEEDED)
         yield state, actions, mask
