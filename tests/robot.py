@@ -15,6 +15,8 @@ av = pytest.importorskip("av", reason="av is not installed (extra vla)")
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra vla)")
 parquet = pytest.importorskip("pyarrow.parquet")
 
+from atlas.data.lerobot import LeRobot  # noqa: E402
+
 HEIGHT, WIDTH, FPS = 48, 64, 10
 LENGTHS = (9, 7, 8)
 TASKS = ("Pick up the red-ish Ball!", "Open the drawer 2x")
@@ -31,9 +33,9 @@ def states(episode: int, length: int) -> np.ndarray:
     return np.stack([100.0 * episode + rows, np.sin(rows + episode), 0 * rows], 1).astype("f4")
 
 
-def write_video(path: Path, greys: list[int], fps: int = FPS) -> None:
+def write_video(path: Path, greys: list[int], fps: int = FPS, **options: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.bit_rate = 10_000_000  # so that a grey stays what it was
@@ -140,6 +142,28 @@ def write_shared_table(root: Path, file: int, episodes: list[int], lengths: Any)
     joined = {key: np.concatenate([table[key] for table in tables]) for key in tables[0]}
     arrays = {key: list(value) if value.ndim > 1 else value for key, value in joined.items()}
     parquet.write_table(pyarrow.table(arrays), path)
+
+
+def open_split(root: Path, split: str = "train", **options: Any) -> LeRobot:
+    chosen: dict[str, Any] = {
+        "history": 3,
+        "horizon": 4,
+        "val_episodes": 1,
+        "image_size": [12, 16],
+    } | options
+    return LeRobot(root, split=split, **chosen)
+
+
+def unlink(name: str) -> Callable[[Path], None]:
+    return lambda root: (root / name).unlink()
+
+
+def cut(name: str, keep: float) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        content = (root / name).read_bytes()
+        (root / name).write_bytes(content[: int(keep * len(content))])
+
+    return edit
 
 
 def edit_info(**changes: Any) -> Callable[[Path], None]:

@@ -10,6 +10,7 @@ which second of the video it begins, `meta/tasks.parquet` has the instructions. 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def open_recordings(root: Path) -> Recordings:
 def _open_v2(root: Path, info: dict[str, Any]) -> Recordings:
     problems: list[str] = []
     named_in, tasks_in = "meta/episodes.jsonl", "meta/tasks.jsonl"
-    lengths = _read_lines(root / named_in, ("episode_index", "length"), problems)
-    tasks = _read_lines(root / tasks_in, ("task_index", "task"), problems)
+    lengths = _read_lines(root / named_in, {"episode_index": int, "length": int}, problems)
+    tasks = _read_lines(root / tasks_in, {"task_index": int, "task": str}, problems)
     if problems:
         raise ConfigError(problems)
 
@@ -49,8 +50,8 @@ def _open_v2(root: Path, info: dict[str, Any]) -> Recordings:
     return Recordings(
         root,
         info,
-        {int(index): episode(int(index), int(length)) for index, length in sorted(lengths)},
-        {int(index): str(task) for index, task in tasks},
+        {index: episode(index, length) for index, length in sorted(lengths)},
+        dict(tasks),
         named_in,
         tasks_in,
     )
@@ -156,11 +157,13 @@ def _read_info(root: Path) -> dict[str, Any]:
     return info
 
 
-def _read_lines(path: Path, keys: tuple[str, str], problems: list[str]) -> list[tuple[Any, Any]]:
-    """The two values of each line of a .jsonl file; what is wrong goes to `problems`."""
+def _read_lines(
+    path: Path, kinds: dict[str, Callable[[Any], Any]], problems: list[str]
+) -> list[tuple[Any, ...]]:
+    """The values of these keys in each line of a .jsonl file; what is wrong goes to `problems`."""
     rows = []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         problems.append(f"{path}: cannot be read ({error.strerror}); copy it anew")
         return []
@@ -168,7 +171,11 @@ def _read_lines(path: Path, keys: tuple[str, str], problems: list[str]) -> list[
         try:
             if line.strip():
                 row = json.loads(line)
-                rows.append((row[keys[0]], row[keys[1]]))
+                rows.append(tuple(kind(row[key]) for key, kind in kinds.items()))
         except (ValueError, KeyError, TypeError):
-            problems.append(f"{path}, line {number}: is not JSON with {keys[0]} and {keys[1]}")
+            problems.append(
+                f"{path}, line {number}: is not JSON with {' and '.join(kinds)}; copy it anew"
+            )
+    if not rows and not problems:
+        problems.append(f"{path}: is empty; copy it anew")
     return rows

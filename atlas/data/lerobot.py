@@ -1,16 +1,15 @@
 """Robot recordings in LeRobot's formats as samples of camera frames, states and action chunks.
 
 A sample is a frame of an episode: what the cameras see in it, the states up to it, its instruction
-and the targets that follow. Episodes of which a file is missing are left out and counted.
+and the targets that follow. Episodes that cannot be used are left out and counted.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,14 @@ import torch
 from atlas.data.arrays import cache_folder, open_array
 from atlas.data.augment import Augment
 from atlas.data.baselines import Block, fit, measure
+from atlas.data.episodes import find_episodes, split_episodes
 from atlas.data.formats import open_recordings
 from atlas.data.hub import find_root
 from atlas.data.recordings import Recordings, Table
+from atlas.data.rows import Rows
 from atlas.data.statistics import KINDS, statistics
 from atlas.data.video import FrameCache, Video
 from atlas.errors import ConfigError, nearest
-
-logger = logging.getLogger("atlas")
-
-BLOCK = 4096  # samples at a time where all are gone through, so that memory stays small
-NAMED = 10  # missing episodes that a message names one by one
 
 
 @dataclass(eq=False)
@@ -39,8 +35,8 @@ class LeRobot:
     """A map-style data set over one split of the LeRobot folder `root`, format v2.1 or v3.0.
 
     `root`: a folder or, where there is none of that name, a data set on the hub, of which
-    `revision` says the tag or commit. `val_episodes`: the last so many of the episodes that are
-    there are the split "val", all before them "train". `cameras`: keys of video features, in the
+    `revision` says the tag or commit. `val_episodes`: the last so many of the episodes that can be
+    used are the split "val", all before them "train". `cameras`: keys of video features, in the
     order of the views; None takes all. `image_size`: [H, W] to which whole frames are resized,
     whatever their aspect. `history`: number K of states, the current one included, a frame apart.
     `horizon`: number T of targets in a chunk; `interval`: seconds between neighbouring ones, a
@@ -53,10 +49,13 @@ class LeRobot:
 
     `relative`: a model is to predict targets less the current state, so the statistics are of
     those; the samples' actions are absolute all the same. `normalization`: "mean_std" or
-    "percentile", see `statistics`. `augment`: the fields of `Augment`; None is off. `on_missing`:
-    "skip" leaves out episodes of which a file is not there and says how many, "error" raises.
-    `cache_dir`: where decoded frames are kept; None is $ATLAS_CACHE/frames, or
-    ~/.cache/atlas/frames.
+    "percentile", see `statistics`. `augment`: the fields of `Augment`; None is off. `cache_dir`:
+    where decoded frames are kept; None is $ATLAS_CACHE/frames, or ~/.cache/atlas/frames.
+
+    `on_missing`: "skip" leaves out episodes of which a file is not there, empty or cut short, and
+    says which; "error" raises. `on_bad`: "skip" keeps rows that are not finite and gives the
+    samples that see them as they are, for who reads them to skip; statistics, baselines and
+    `blocks` are without them. None and "error" raise.
 
     Raises ConfigError with key, value and remedy. Videos are decoded by `prepare`, or when a
     first sample is asked for.
@@ -77,6 +76,7 @@ class LeRobot:
     augment: Mapping[str, Any] | None = None
     val_episodes: int = 2
     on_missing: str = "skip"
+    on_bad: str | None = None
     revision: str | None = None
     cache_dir: str | Path | None = None
 
@@ -88,15 +88,17 @@ class LeRobot:
         _raise(_wrong_keys(self, recordings))
         self.fps = float(recordings.info["fps"])
         self._stride = _stride(self.interval, self.fps)
-        present, self.missing = _find_episodes(self, recordings)
-        self.episodes = _split_episodes(self, present)
-        tables = _read_tables(self, recordings)
+        usable, self.missing = find_episodes(recordings, self.cameras, self.on_missing)
+        self.episodes = split_episodes(usable, self.split, self.val_episodes, self.root)
+        tables = _read_tables(self, recordings, self.episodes)
         if self.action_offset is None:
             # From the folder's first episode, so that both splits come to the same.
-            first = recordings.read(present[0], self.state_key, self.action_key)
+            first = _read_tables(self, recordings, usable[:1])[0]
             self.action_offset = 0 if first.has_commands else self._stride
-        self._index(tables)
-        self._tasks = recordings.tasks
+        ahead = self.action_offset + self._stride * np.arange(self.horizon)
+        self._rows = Rows(tables, self.history, ahead)
+        _raise(_no_samples(self, self._rows))
+        self._recordings = recordings
         self.action_names = recordings.names(self.action_key or self.state_key)
         folder = Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder("frames")
         self._cache = FrameCache(folder, *map(int, self.image_size))
@@ -109,28 +111,8 @@ class LeRobot:
         ]
         self._files: list[list[Path]] = []  # of frames, by episode and camera, once prepared
 
-    def _index(self, tables: list[Table]) -> None:
-        """Put the episodes' rows after each other, and remember where each begins and ends."""
-        lengths = np.array([len(table.state) for table in tables])
-        ends = np.cumsum(lengths)
-        self._states = np.concatenate([table.state for table in tables])
-        targets = [table.state if table.action is None else table.action for table in tables]
-        self._targets = np.concatenate(targets)
-        self._task = np.concatenate([table.task for table in tables])
-        self._episode = np.repeat(np.arange(len(tables)), lengths)
-        self._begin = np.repeat(ends - lengths, lengths)
-        self._end = np.repeat(ends, lengths)
-        # A sample's row; rows with not one target left in their episode are none.
-        rows = np.arange(ends[-1])
-        self._row = rows[rows + (self.action_offset or 0) < self._end]
-        if not self._row.size:
-            raise ConfigError(
-                f"data.action_offset={self.action_offset} is past the end of every episode of the "
-                f"split {self.split}; the longest has {lengths.max()} rows"
-            )
-
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample: as in `batch`, without the leading dimension, `instruction` a str."""
@@ -148,11 +130,13 @@ class LeRobot:
         list of str; `actions` float32 [B, T, A] in the data's units; `action_mask` bool [B, T],
         False past the episode's end.
         """
-        rows = self._row[np.asarray(ids, np.int64)]
-        state, actions, mask = self._vectors(rows)
+        rows = self._rows.samples[np.asarray(ids, np.int64)]
+        state, actions, mask = self._rows.vectors(rows)
         batch = {
             "state": torch.from_numpy(state),
-            "instruction": [self._tasks[task] for task in self._task[rows].tolist()],
+            "instruction": [
+                self._recordings.tasks[task] for task in self._rows.task[rows].tolist()
+            ],
             "actions": torch.from_numpy(actions),
             "action_mask": torch.from_numpy(mask),
         }
@@ -162,6 +146,26 @@ class LeRobot:
                 pixels = self._augment(pixels, self.cameras or [], seeds)
             batch["images"] = pixels
         return batch
+
+    def describe(self, index: int) -> str:
+        """Where a sample was recorded: episode, table and row (from 0), videos and second.
+
+        The row is the file's, also where several episodes are in it; rows that are not finite and
+        that the sample sees are named too.
+        """
+        rows = self._rows
+        row = int(rows.samples[index])
+        place, frame = int(rows.episode[row]), int(row - rows.begin[row])
+        episode = self._recordings.episodes[self.episodes[place]]
+        parts = [f"{self._relative(episode.table)} row {rows.in_file(row)}"]
+        parts += [
+            f"{self._relative(video.path)} at {video.start + frame / self.fps:.6g} s"
+            for video in self._videos[place]
+        ]
+        bad = ", ".join(map(str, rows.bad_rows(row)))
+        return f"episode {episode.index}: {', '.join(parts)}" + (
+            f"; bad rows: {bad}" if bad else ""
+        )
 
     def prepare(self) -> None:
         """Decode what is not in the frame cache yet; several processes share the work.
@@ -180,7 +184,7 @@ class LeRobot:
     @property
     def episode(self) -> np.ndarray:
         """[N], the place in `episodes` of the episode that each sample is of."""
-        return self._episode[self._row]
+        return self._rows.episode[self._rows.samples]
 
     def image_blocks(self) -> list[tuple[str, int]]:
         """For each episode: what tells its pixels from all others, and its number of frames."""
@@ -191,13 +195,12 @@ class LeRobot:
 
     def block_images(self, block: int, start: int, stop: int) -> torch.Tensor:
         """uint8 [stop - start, V, 3, H, W], frames of the episode in place `block`."""
-        first = int(np.searchsorted(self._episode, block))
+        first = int(np.searchsorted(self._rows.episode, block))
         return torch.from_numpy(self._images(first + np.arange(start, stop)))
 
     def image_places(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """The block and the frame in it of each sample's images, [B] and [B]."""
-        rows = self._row[np.asarray(ids, np.int64)]
-        return self._episode[rows], rows - self._begin[rows]
+        return self._frames(self._rows.samples[np.asarray(ids, np.int64)])
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -208,14 +211,15 @@ class LeRobot:
         """
         if self.split != "train":
             return replace(self, split="train").spec
-        instructions = " ".join(self._tasks[task] for task in np.unique(self._task).tolist())
-        rows, kind = len(self._states), self.normalization
+        rows, kind, tasks = self._rows, self.normalization, self._recordings.tasks
+        instructions = " ".join(tasks[task] for task in np.unique(rows.task).tolist())
+        count = len(rows.states)
         return {
             "cameras": list(self.cameras or []),
             "image_size": [self._cache.height, self._cache.width],
-            "state_dim": self._states.shape[1],
+            "state_dim": rows.states.shape[1],
             "history": self.history,
-            "action_dim": self._targets.shape[1],
+            "action_dim": rows.targets.shape[1],
             "horizon": self.horizon,
             "fps": self.fps,
             "interval": self._stride / self.fps,
@@ -223,8 +227,8 @@ class LeRobot:
             "relative": self.relative,
             "normalization": kind,
             "statistics": {
-                "state": statistics([self._states], rows, kind),
-                "velocity": statistics([self._velocities()], rows, kind),
+                "state": statistics([rows.finite_states], count, kind),
+                "velocity": statistics([rows.velocities], count, kind),
                 "actions": statistics(self._all_targets(), len(self) * self.horizon, kind),
             },
         }
@@ -240,38 +244,29 @@ class LeRobot:
         return {name: error.mean for name, error in errors.items()}
 
     def blocks(self) -> Iterator[Block]:
-        """State, absolute targets and mask of all samples, some thousands at a time."""
-        for start in range(0, len(self), BLOCK):
-            yield self._vectors(self._row[start : start + BLOCK])
+        """State, absolute targets and mask of all finite samples, some thousands at a time."""
+        return self._rows.blocks()
 
-    def _vectors(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """State [B, K, S], absolute targets [B, T, A] and mask [B, T] of samples at `rows`."""
-        past = rows[:, None] + np.arange(1 - self.history, 1)
-        ahead = (self.action_offset or 0) + self._stride * np.arange(self.horizon)
-        future = rows[:, None] + ahead
-        end = self._end[rows, None]
-        state = self._states[np.maximum(past, self._begin[rows, None])]
-        # Past the end the last target again: any finite value would do, the mask leaves it out.
-        return state, self._targets[np.minimum(future, end - 1)], future < end
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self._recordings.root).as_posix()
+
+    def _frames(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The place of each row's episode, and the number of the row's frame in it."""
+        return self._rows.episode[rows], rows - self._rows.begin[rows]
 
     def _images(self, rows: np.ndarray) -> np.ndarray:
         self.prepare()
         cache = self._cache
         shape = (len(rows), len(self._videos[0]), 3, cache.height, cache.width)
         images = np.empty(shape, np.uint8)
-        places = zip(self._episode[rows].tolist(), (rows - self._begin[rows]).tolist(), strict=True)
+        places = zip(*(part.tolist() for part in self._frames(rows)), strict=True)
         for sample, (episode, frame) in enumerate(places):
             for view, file in enumerate(self._files[episode]):
                 images[sample, view] = open_array(file)[frame]
         return images
 
-    def _velocities(self) -> np.ndarray:
-        """Each row's state less that of the row before it, of rows that have one: [*, S]."""
-        within = self._begin[1:] == self._begin[:-1]
-        return np.diff(self._states, axis=0)[within]
-
     def _all_targets(self) -> Iterator[np.ndarray]:
-        """What a model is to predict: the valid targets of all chunks, [*, A]."""
+        """What a model is to predict: the valid targets of all finite chunks, [*, A]."""
         for state, actions, mask in self.blocks():
             yield (actions - state[:, -1:] if self.relative else actions)[mask]
 
@@ -314,10 +309,12 @@ def _wrong_values(data: LeRobot) -> list[str]:
     for name, choices in (
         ("split", ("train", "val")),
         ("on_missing", ("skip", "error")),
+        ("on_bad", (None, "skip", "error")),
         ("normalization", KINDS),
     ):
         if (value := getattr(data, name)) not in choices:
-            problems.append(f"data.{name}={value} is unknown{nearest(str(value), choices)}")
+            known = [choice for choice in choices if choice is not None]
+            problems.append(f"data.{name}={value} is unknown{nearest(str(value), known)}")
     return problems
 
 
@@ -357,60 +354,31 @@ def _wrong_keys(data: LeRobot, recordings: Recordings) -> list[str]:
     return problems
 
 
-def _find_episodes(data: LeRobot, recordings: Recordings) -> tuple[list[int], list[int]]:
-    """The episodes of which all files are there, and those of which one is not."""
-    present: list[int] = []
-    missing: list[int] = []
-    first: Path | None = None
-    is_file = lru_cache(maxsize=None)(Path.is_file)  # many episodes can be in one file
-    for number, episode in recordings.episodes.items():
-        files = episode.files(list(data.cameras or []))
-        absent = [file for file in files if not is_file(file)]
-        (missing if absent else present).append(number)
-        first = first or next(iter(absent), None)
-    if missing:
-        listed = ", ".join(map(str, missing[:NAMED])) + ", …" * (len(missing) > NAMED)
-        said = (
-            f"{recordings.root}: {len(missing)} of the {len(recordings.episodes)} episodes that "
-            f"{recordings.named_in} names are not there: {listed} (the first file: {first})"
-        )
-        if data.on_missing == "error":
-            raise ConfigError(f"{said}; fetch them, or leave them out: data.on_missing=skip")
-        _warn_once(f"{said}; they are left out")
-    return present, missing
-
-
-@lru_cache
-def _warn_once(message: str) -> None:
-    """Both splits find the same; it is said once a process."""
-    logger.warning(message)
-
-
-def _split_episodes(data: LeRobot, present: list[int]) -> list[int]:
-    """The episodes of the split, at least one."""
-    cut = len(present) - data.val_episodes
-    episodes = present[: max(cut, 0)] if data.split == "train" else present[max(cut, 0) :]
-    if not episodes:
-        raise ConfigError(
-            f"data.val_episodes={data.val_episodes} of the {len(present)} episodes under "
-            f"data.root={data.root} leaves none for the split {data.split}; "
-            + ("take fewer" if data.split == "train" else "take at least one")
-            if present
-            else f"data.root={data.root} has not one complete episode; fetch its files"
-        )
-    return episodes
-
-
-def _read_tables(data: LeRobot, recordings: Recordings) -> list[Table]:
-    """The tables of the split's episodes; what is wrong with any of them in one message."""
+def _read_tables(data: LeRobot, recordings: Recordings, episodes: list[int]) -> list[Table]:
+    """The tables of `episodes`; what is wrong with any of them in one message."""
     tables, problems = [], []
-    for episode in data.episodes:
+    keys, on_bad = (data.state_key, data.action_key), data.on_bad or "error"
+    for episode in episodes:
         try:
-            tables.append(recordings.read(episode, data.state_key, data.action_key))
+            tables.append(recordings.read(episode, *keys, on_bad=on_bad))
         except ConfigError as error:
             problems += error.problems
     _raise(problems)
     return tables
+
+
+def _no_samples(data: LeRobot, rows: Rows) -> list[str]:
+    if not len(rows):
+        return [
+            f"data.action_offset={data.action_offset} is past the end of every episode of the "
+            f"split {data.split}; the longest has {rows.lengths.max()} rows"
+        ]
+    if next(rows.blocks(), None) is None:
+        return [
+            f"data.on_bad=skip: every sample of the split {data.split} under data.root={data.root} "
+            "sees a row that is NaN or infinite; mend the tables, or choose other columns"
+        ]
+    return []
 
 
 def _raise(problems: list[str]) -> None:

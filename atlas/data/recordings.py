@@ -18,16 +18,24 @@ from atlas.errors import ConfigError
 
 @dataclass(frozen=True)
 class Table:
-    """An episode's rows: state [F, S], action [F, A] or None, both float32, and task [F]."""
+    """An episode's rows: state [F, S], action [F, A] or None, both float32, and task [F].
+
+    `first`: the row of the file that is its first, from 0.
+    """
 
     state: np.ndarray
     action: np.ndarray | None
     task: np.ndarray
+    first: int = 0
 
     @property
     def has_commands(self) -> bool:
         """Whether the actions are something else than the states of their rows."""
-        return self.action is not None and not np.array_equal(self.action, self.state)
+        if self.action is None:
+            return False
+        # Of rows that are finite, since NaN equals nothing.
+        good = finite(self.action) & finite(self.state)
+        return not np.array_equal(self.action[good], self.state[good])
 
 
 @dataclass(frozen=True)
@@ -90,16 +98,18 @@ class Recordings:
             return [str(number) for number in range(size)]
         return [str(name) for name in names]
 
-    def read(self, index: int, state_key: str, action_key: str | None) -> Table:
+    def read(
+        self, index: int, state_key: str, action_key: str | None, *, on_bad: str = "error"
+    ) -> Table:
         """The rows of the episode `index`.
 
-        Raises ConfigError naming the file where it is damaged, has another number of rows than
-        the meta files say, or holds a value that is not finite (with its row).
+        Raises ConfigError naming the file, and the row where there is one, where it is damaged, is
+        not as the meta files say, or (unless `on_bad` is "skip") holds a value that is not finite.
         """
         episode = self.episodes[index]
         path = episode.table
         keys = [key for key in (state_key, action_key) if key is not None]
-        columns = _rows(episode, [*dict.fromkeys(keys), "task_index"])
+        first, columns = _rows(episode, [*dict.fromkeys(keys), "task_index"])
         task = np.asarray(columns["task_index"].to_numpy(), np.int64)
         if len(task) != episode.length:
             of = f" of episode {index}" if episode.shared else ""
@@ -107,15 +117,25 @@ class Recordings:
                 f"{path}: has {len(task)} rows{of}, {self.named_in} says "
                 f"length={episode.length}; copy both anew"
             )
-        vectors = [_vectors(path, key, columns[key], self.vectors[key]) for key in keys]
+        vectors = [_vectors(path, first, key, columns[key], self.vectors[key]) for key in keys]
         problems: list[str] = []
-        for key, values in zip(keys, vectors, strict=True):
-            problems += _bad_row(episode, key, values)
-        if unknown := sorted(set(task.tolist()) - set(self.tasks)):
-            problems.append(f"{path}: task_index={unknown[0]} is not in {self.tasks_in}; add it")
+        if on_bad != "skip":
+            for key, values in zip(keys, vectors, strict=True):
+                problems += _not_finite(path, first, key, values)
+        unknown = np.flatnonzero(~np.isin(task, list(self.tasks)))
+        if unknown.size:
+            problems.append(
+                f"{path}, row {first + unknown[0]}: task_index={task[unknown[0]]} is not in "
+                f"{self.tasks_in}; add it"
+            )
         if problems:
             raise ConfigError(problems)
-        return Table(vectors[0], vectors[1] if action_key else None, task)
+        return Table(vectors[0], vectors[1] if action_key else None, task, first)
+
+
+def finite(vectors: np.ndarray) -> np.ndarray:
+    """Bool [F], whether all of a row [F, D] is a number, and none of it infinite."""
+    return np.asarray(np.isfinite(vectors).all(axis=1))
 
 
 def videos(info: dict[str, Any]) -> list[str]:
@@ -139,10 +159,10 @@ def read_columns(path: Path, keys: list[str]) -> dict[str, Any]:
     return {key: table.column(key) for key in keys}
 
 
-def _rows(episode: Episode, keys: list[str]) -> dict[str, Any]:
-    """The episode's rows of its table's columns `keys`."""
+def _rows(episode: Episode, keys: list[str]) -> tuple[int, dict[str, Any]]:
+    """The first of the episode's rows in its file, and the columns `keys` of all of them."""
     if not episode.shared:
-        return read_columns(episode.table, keys)
+        return 0, read_columns(episode.table, keys)
     columns = _shared_columns(episode.table, (*keys, "episode_index"), _changed(episode.table))
     of_episode = np.flatnonzero(columns["episode_index"].to_numpy() == episode.index)
     first = int(of_episode[0]) if of_episode.size else 0
@@ -150,7 +170,7 @@ def _rows(episode: Episode, keys: list[str]) -> dict[str, Any]:
         raise ConfigError(
             f"{episode.table}: the rows of episode {episode.index} are not together; copy it anew"
         )
-    return {key: columns[key].slice(first, of_episode.size) for key in keys}
+    return first, {key: columns[key].slice(first, of_episode.size) for key in keys}
 
 
 @lru_cache(maxsize=1)  # episodes of a file are read after each other
@@ -165,24 +185,33 @@ def _changed(path: Path) -> int:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); copy it anew") from error
 
 
-def _vectors(path: Path, key: str, column: Any, size: int) -> np.ndarray:
+def _vectors(path: Path, first: int, key: str, column: Any, size: int) -> np.ndarray:
     """A column of lists (or, where `size` is 1, of numbers) as float32 [rows, size]."""
     is_list = hasattr(column.type, "value_type")
-    flat = (column.combine_chunks().flatten() if is_list else column).to_numpy(zero_copy_only=False)
-    if flat.size != len(column) * size:
+    lengths = _lengths(column) if is_list else np.ones(len(column), np.int64)
+    wrong = np.flatnonzero(lengths != size)
+    if wrong.size:
         raise ConfigError(
-            f"{path}: {key} has {flat.size} numbers in {len(column)} rows, meta/info.json "
-            f"says {size} a row; correct one of them"
+            f"{path}, row {first + wrong[0]}: {key} has {lengths[wrong[0]]} numbers, "
+            f"meta/info.json says {size} ({wrong.size} such rows); correct one of them"
         )
+    flat = (column.combine_chunks().flatten() if is_list else column).to_numpy(zero_copy_only=False)
     return flat.reshape(len(column), size).astype(np.float32)
 
 
-def _bad_row(episode: Episode, key: str, vectors: np.ndarray) -> list[str]:
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+def _lengths(column: Any) -> np.ndarray:
+    """How many numbers each list of a column has; a list that is null has none."""
+    import pyarrow.compute
+
+    lengths = pyarrow.compute.list_value_length(column).to_numpy()
+    return np.nan_to_num(lengths).astype(np.int64)
+
+
+def _not_finite(path: Path, first: int, key: str, vectors: np.ndarray) -> list[str]:
+    bad = np.flatnonzero(~finite(vectors))
     if not bad.size:
         return []
-    of = f" of episode {episode.index}" if episode.shared else ""
     return [
-        f"{episode.table}, row {bad[0]}{of}: {key} is NaN or infinite ({bad.size} such rows); "
-        "mend the table or take the episode out of the folder"
+        f"{path}, row {first + bad[0]}: {key} is NaN or infinite ({bad.size} such rows); mend the "
+        "table, or leave out the samples that see such rows: data.on_bad=skip"
     ]
