@@ -42,6 +42,7 @@ TABLE, VIDEO = "data/chunk-000/episode_000001.parquet", "videos/top/000-000001.m
 SHARED, SHARED_VIDEO = "data/chunk-000/file-000.parquet", "videos/top/chunk-000/file-000.mp4"
 STRICT = {"on_missing": "error"}
 LEAVE_OUT = "leave them out: data.on_missing=skip"
+LEAVE_BAD_OUT = "leave them out: data.on_bad=skip"
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
 Edit = Callable[[Path], None]
@@ -142,17 +143,17 @@ def drop_frames(root: Path) -> None:
     [
         (unlink(TABLE), STRICT, [TABLE, "1 of the 3 episodes", "not there: 1", LEAVE_OUT]),
         (unlink(VIDEO), STRICT, [VIDEO, "1 of the 3 episodes", "not there: 1", LEAVE_OUT]),
-        (empty(TABLE), STRICT, [f"1 (ROOT/{TABLE} is empty)", "copy them anew", LEAVE_OUT]),
-        (empty(VIDEO), STRICT, [f"1 (ROOT/{VIDEO} is empty)", "copy them anew", LEAVE_OUT]),
-        (without_rows, STRICT, [f"1 (ROOT/{TABLE} has no rows)", LEAVE_OUT]),
-        (cut(TABLE, 0.7), STRICT, [f"1 (ROOT/{TABLE} is cut short)", LEAVE_OUT]),
-        (cut(VIDEO, 0.4), STRICT, [f"1 (ROOT/{VIDEO} is cut short)", LEAVE_OUT]),
-        (cut(VIDEO, 0.98), STRICT, [f"1 (ROOT/{VIDEO} is cut short)", LEAVE_OUT]),
-        (index_first(0.9), STRICT, [f"1 (ROOT/{VIDEO} is cut short)", LEAVE_OUT]),
+        (empty(TABLE), {}, [f"1 (ROOT/{TABLE} is empty)", "copy them anew", LEAVE_BAD_OUT]),
+        (empty(VIDEO), {}, [f"1 (ROOT/{VIDEO} is empty)", "copy them anew", LEAVE_BAD_OUT]),
+        (without_rows, {}, [f"1 (ROOT/{TABLE} has no rows)", LEAVE_BAD_OUT]),
+        (cut(TABLE, 0.7), {}, [f"1 (ROOT/{TABLE} is cut short)", LEAVE_BAD_OUT]),
+        (cut(VIDEO, 0.4), {}, [f"1 (ROOT/{VIDEO} is cut short)", LEAVE_BAD_OUT]),
+        (cut(VIDEO, 0.98), {}, [f"1 (ROOT/{VIDEO} is cut short)", LEAVE_BAD_OUT]),
+        (index_first(0.9), {}, [f"1 (ROOT/{VIDEO} is cut short)", LEAVE_BAD_OUT]),
         (
             replace(TABLE, b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
-            STRICT,
-            [f"1 (ROOT/{TABLE} is a pointer of git-lfs)", LEAVE_OUT],
+            {},
+            [f"1 (ROOT/{TABLE} is a pointer of git-lfs)", LEAVE_BAD_OUT],
         ),
         (overwrite(TABLE, 4, 200), {}, [f"{TABLE}: cannot be read", "copy it anew"]),
         (replace(VIDEO, b"no video at all"), {}, [f"{VIDEO}: cannot be decoded", "copy it anew"]),
@@ -227,8 +228,8 @@ def test_what_is_wrong_is_named(
 @pytest.mark.parametrize(
     ("edit", "options", "said"),
     [
-        (cut(SHARED, 0.7), STRICT, [f"0 (ROOT/{SHARED} is cut short)", f"1 (ROOT/{SHARED} is"]),
-        (cut(SHARED_VIDEO, 0.7), STRICT, [f"1 (ROOT/{SHARED_VIDEO} is cut short)", LEAVE_OUT]),
+        (cut(SHARED, 0.7), {}, [f"0 (ROOT/{SHARED} is cut short)", f"1 (ROOT/{SHARED} is"]),
+        (cut(SHARED_VIDEO, 0.7), {}, [f"1 (ROOT/{SHARED_VIDEO} is cut short)", LEAVE_BAD_OUT]),
         (unlink(SHARED_VIDEO), STRICT, ["2 of the 3 episodes", SHARED_VIDEO, "not there: 0, 1"]),
         # Row 12 of the file is row 3 of its second episode.
         (spoil(SHARED, "action", 12, value=np.nan), {}, [f"{SHARED}, row 12: action is NaN"]),
@@ -292,7 +293,7 @@ def test_what_is_of_no_use_is_left_out_and_counted(
     for edit in edits:
         edit(root / "v2")
     with caplog.at_level(logging.WARNING, logger="atlas"):
-        train, val = open_split(root / "v2"), open_split(root / "v2", "val")
+        train, val = (open_split(root / "v2", split, on_bad="skip") for split in ("train", "val"))
     train.prepare()
     assert (train.episodes, val.episodes, train.missing, val.missing) == ([0], [2], [1], [1])
     (record,) = caplog.records
@@ -305,7 +306,7 @@ def test_an_episode_without_rows_is_left_out(root: Path) -> None:
     rows = [{"episode_index": e, "length": n} for e, n in enumerate((9, 0, 8))]
     (folder / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_table(folder, 1, columns(1, 0))
-    assert open_split(folder).episodes == [0]
+    assert open_split(folder, on_bad="skip").episodes == [0]
 
 
 BAD = (  # in episodes 0 (train) and 2 (val), whose tables in v3.0 are two files

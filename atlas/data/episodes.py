@@ -20,19 +20,27 @@ Unusable = dict[int, tuple[Path, str]]  # by episode: the first file at fault, a
 
 
 def find_episodes(
-    recordings: Recordings, cameras: Sequence[str], on_missing: str
+    recordings: Recordings, cameras: Sequence[str], on_missing: str, on_bad: str | None
 ) -> tuple[list[int], list[int]]:
     """The episodes of which all files are there and whole, and the others.
 
-    These are warned of by name, once a process; ConfigError where `on_missing` is "error".
+    These are warned of by name, once a process; ConfigError where a file is missing and
+    `on_missing` is "error", or is damaged and `on_bad` is not "skip".
     """
     unusable = _unusable(recordings, cameras)
-    said = [*_absent(recordings, unusable), *_damaged(recordings, unusable)]
-    if said and on_missing == "error":
-        raise ConfigError(
-            [f"{text}; copy them anew, or leave them out: data.on_missing=skip" for text in said]
-        )
-    for text in said:
+    found = [
+        ("data.on_missing", on_missing, _absent(recordings, unusable)),
+        ("data.on_bad", on_bad, _damaged(recordings, unusable)),
+    ]
+    problems = [
+        f"{text}; copy them anew, or leave them out: {key}=skip"
+        for key, value, texts in found
+        for text in texts
+        if value != "skip"
+    ]
+    if problems:
+        raise ConfigError(problems)
+    for text in (text for _, _, texts in found for text in texts):
         _warn_once(f"{text}; they are left out")
     return [e for e in recordings.episodes if e not in unusable], list(unusable)
 

@@ -52,10 +52,11 @@ class LeRobot:
     "percentile", see `statistics`. `augment`: the fields of `Augment`; None is off. `cache_dir`:
     where decoded frames are kept; None is $ATLAS_CACHE/frames, or ~/.cache/atlas/frames.
 
-    `on_missing`: "skip" leaves out episodes of which a file is not there, empty or cut short, and
-    says which; "error" raises. `on_bad`: "skip" keeps rows that are not finite and gives the
-    samples that see them as they are, for who reads them to skip; statistics, baselines and
-    `blocks` are without them. None and "error" raise.
+    `on_missing`: "skip" leaves out episodes of which a file is not there, and says which; "error"
+    raises. `on_bad`: "skip" leaves out episodes of which a file is empty or cut short, and says
+    which. It keeps rows that are not finite and gives the samples that see them as they are, for
+    who reads them to skip; statistics, baselines and `blocks` are without them. None and "error"
+    raise.
 
     Raises ConfigError with key, value and remedy. Videos are decoded by `prepare`, or when a
     first sample is asked for.
@@ -88,7 +89,7 @@ class LeRobot:
         _raise(_wrong_keys(self, recordings))
         self.fps = float(recordings.info["fps"])
         self._stride = _stride(self.interval, self.fps)
-        usable, self.missing = find_episodes(recordings, self.cameras, self.on_missing)
+        usable, self.missing = find_episodes(recordings, self.cameras, self.on_missing, self.on_bad)
         self.episodes = split_episodes(usable, self.split, self.val_episodes, self.root)
         tables = _read_tables(self, recordings, self.episodes)
         if self.action_offset is None:
