@@ -138,6 +138,15 @@ def drop_frames(root: Path) -> None:
         container.mux(stream.encode())
 
 
+def assert_named(folder: Path, edit: Edit, options: dict[str, Any], said: list[str]) -> None:
+    """What is wrong after `edit` is told in these words before training."""
+    edit(folder)
+    with pytest.raises(ConfigError) as raised:
+        open_split(folder, **options).prepare()
+    found = str(raised.value).replace(str(folder), "ROOT")
+    assert [part for part in said if part not in found] == [], found
+
+
 @pytest.mark.parametrize(
     ("edit", "options", "said"),
     [
@@ -217,12 +226,7 @@ def drop_frames(root: Path) -> None:
 def test_what_is_wrong_is_named(
     root: Path, edit: Edit, options: dict[str, Any], said: list[str]
 ) -> None:
-    folder = root / "v2"
-    edit(folder)
-    with pytest.raises(ConfigError) as raised:
-        open_split(folder, **options).prepare()
-    found = str(raised.value).replace(str(folder), "ROOT")
-    assert [part for part in said if part not in found] == [], found
+    assert_named(root / "v2", edit, options, said)
 
 
 @pytest.mark.parametrize(
@@ -246,12 +250,7 @@ def test_what_is_wrong_is_named(
 def test_what_is_wrong_with_v3_is_named(
     root: Path, edit: Edit, options: dict[str, Any], said: list[str]
 ) -> None:
-    folder = root / "v3"
-    edit(folder)
-    with pytest.raises(ConfigError) as raised:
-        open_split(folder, **options).prepare()
-    found = str(raised.value).replace(str(folder), "ROOT")
-    assert [part for part in said if part not in found] == [], found
+    assert_named(root / "v3", edit, options, said)
 
 
 @pytest.mark.parametrize(
