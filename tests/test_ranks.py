@@ -194,12 +194,18 @@ def descendants(run):
     return left
 
 
-@pytest.mark.parametrize("victim", ["parent", "rank 0", "rank 1", "data worker"])
-def test_nothing_is_left_running(tmp_path, victim):
+@pytest.mark.parametrize(
+    "victim, ranks",
+    [
+        *(("parent", 2), ("rank 0", 2), ("rank 1", 2), ("data worker", 2)),
+        pytest.param("rank 5", 8, marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_left_running(tmp_path, victim, ranks):
     arguments = quick(
         tmp_path,
         "cluster.device=cpu",
-        "cluster.nproc_per_node=2",
+        f"cluster.nproc_per_node={ranks}",
         "model.pause=0.05",
         "data.workers=1",
         "trainer.steps=500",
@@ -210,9 +216,8 @@ def test_nothing_is_left_running(tmp_path, victim):
     pids = lock_pids(process)
     target = {
         "parent": process.pid,
-        "rank 0": pids[0],
-        "rank 1": pids[1],
         "data worker": psutil.Process(pids[1]).children()[0].pid,
+        **{f"rank {rank}": pid for rank, pid in enumerate(pids)},
     }[victim]
     os.kill(target, signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
@@ -229,10 +234,10 @@ def test_nothing_is_left_running(tmp_path, victim):
 
 
 def lock_pids(process):
-    """The pids of ranks 0 and 1: the forked processes, in the order of their start."""
+    """The pids of the ranks: the forked processes, in the order of their start."""
     server = [c for c in psutil.Process(process.pid).children() if "forkserver" in cmdline(c)]
     ranks = [c for c in server[0].children()]
-    return sorted(c.pid for c in ranks)[:2]
+    return sorted(c.pid for c in ranks)
 
 
 def cmdline(process):

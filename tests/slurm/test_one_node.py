@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from commands import (
     command,
     environment,
     only_run,
+    points,
     quick,
     status,
     train,
@@ -37,6 +39,7 @@ from jobs import (
 )
 
 from atlas.errors import RunBusyError
+from atlas.journal import TIMINGS
 from atlas.run import Command, Run
 from launchers.launch import resolve
 from launchers.slurm import SlurmLauncher
@@ -359,14 +362,23 @@ def test_preempted_by_a_job_of_a_higher_partition(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-def test_the_job_waits_for_the_last_metrics(tmp_path):
-    import json
+def test_the_job_waits_for_the_last_metrics(tmp_path, undisturbed):
+    from atlas.store import MlflowClient
 
     run, job = submit(tmp_path, "tracking=mlflow", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
     finished(run, job, timeout=240)
     sent = json.loads((run / "mlflow.json").read_text())
     assert sent["offset"] == (run / "metrics.jsonl").stat().st_size
     assert status(run)["mlflow_run_id"] == sent["run_id"]
+    # MLflow has the curves of the run that had no Slurm, point by point.
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    curves = {
+        (point.step, key): point.value
+        for key in client.get_run(sent["run_id"]).data.metrics
+        if key not in TIMINGS
+        for point in client.get_metric_history(sent["run_id"], key)
+    }
+    assert curves == points(undisturbed)
 
 
 @pytest.mark.slow
