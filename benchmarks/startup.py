@@ -60,7 +60,7 @@ def commands(folder: Path) -> dict[str, Callable[[], list[str]]]:
             f"tracking={tracking}",
             f"seed={seed}",
             f"outputs={folder / outputs.format(seed)}",
-            "trainer.steps=2",
+            "trainer.steps=3",
             "schedule.warmup=1",
         )
 
