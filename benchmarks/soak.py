@@ -37,7 +37,8 @@ from atlas.errors import AtlasError
 from launchers.squeue import queue
 
 KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2)
-RUN = ("trainer.steps=120", "trainer.save_interval=7", "trainer.val_interval=30")
+UPDATES = 120
+RUN = (f"trainer.steps={UPDATES}", "trainer.save_interval=7", "trainer.val_interval=30")
 SLOW = ("model.pause=0.01",)
 AT_ONCE = 2
 SERVER_S = (15.0, 40.0)  # between two deaths of the server
@@ -121,7 +122,7 @@ class Pair:
         """Strike where it is time to; whether the run has finished."""
         assert self.victim.process
         code = self.victim.process.poll()
-        if code is None and self.strikes and time.monotonic() > self._at:
+        if code is None and self.strikes and self._is_time():
             self.strikes -= 1
             self.strike(faults)
             code = self.victim.process.poll()
@@ -140,8 +141,15 @@ class Pair:
         faults[number.name] += self.victim.strike(number)
 
     def _aim(self) -> None:
-        fresh = not any(self.victim.outputs.glob("*/*/checkpoints/[0-9]*"))
-        self._at = time.monotonic() + self._chance.uniform(0.05, 6.0 if fresh else 2.0)
+        """Three times of four at an update, otherwise at a moment, which may be one of the start."""
+        self._update = self.victim.taken + self._chance.randint(1, UPDATES // 3)
+        if self._chance.random() < 0.75:
+            self._at = float("inf")
+        else:
+            self._at = time.monotonic() + self._chance.uniform(0.05, 4.0)
+
+    def _is_time(self) -> bool:
+        return time.monotonic() > self._at or self.victim.taken >= self._update
 
 
 class QueuedPair(Pair):

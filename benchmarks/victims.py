@@ -146,9 +146,15 @@ class Victim:
         return max((int(path.name) for path in names), default=0)
 
     @property
+    def taken(self) -> int:
+        """Updates that were taken so far, in all starts."""
+        tally = self.outputs / "tally"
+        return tally.stat().st_size if tally.exists() else 0
+
+    @property
     def repeated(self) -> int:
         """Updates of the finished run that were taken again."""
-        return (self.outputs / "tally").stat().st_size - self.saved()
+        return self.taken - self.saved()
 
     def lost(self, twin: Victim) -> dict[str, int]:
         """What differs from the undisturbed `twin`: all zero where nothing was lost."""
