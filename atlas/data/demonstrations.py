@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from atlas.errors import ConfigError
+
 BLOCK = 1024  # frames in a stretch of images or samples
 
 Floats = NDArray[np.float32]
@@ -53,13 +55,24 @@ class Demonstrations:
         *,
         images: bool = True,
     ) -> Batch:
-        """The samples of these ids, collated; without `images` where they are not wanted."""
-        return self._gather(np.asarray(ids, np.int64), images)
+        """The samples of these ids, collated; without `images` where they are not wanted.
+
+        Images are augmented by one seed a sample, if at all.
+        """
+        batch = self._gather(np.asarray(ids, np.int64), images)
+        if images and seeds is not None and self.augments:
+            augmented = self._augmented(batch["images"].numpy(), np.asarray(seeds))
+            batch["images"] = torch.from_numpy(augmented)
+        return batch
 
     @property
     def augments(self) -> bool:
-        """Whether a sample's images depend on its seed."""
+        """Whether a sample's images depend on its seed, by `_augmented`."""
         return False
+
+    def _augmented(self, images: Pixels, seeds: Ints) -> Pixels:
+        """Images [B, V, 3, H, W], each a function of what it was and of its seed of [B]."""
+        raise NotImplementedError
 
     def image_blocks(self) -> list[tuple[str, int]]:
         """For each stretch of frames: what tells its pixels from all others, and their number."""
@@ -101,6 +114,15 @@ class Demonstrations:
             "actions": torch.from_numpy(chunks.astype(np.float32)),
             "action_mask": torch.from_numpy(mask),
         }
+
+
+def check(split: str, **counts: int) -> None:
+    """Raise `ConfigError` for another split than train and val, and for `data.<name>` below 1."""
+    if split not in ("train", "val"):
+        raise ConfigError(f"data split={split!r} is unknown: use 'train' or 'val'")
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"data.{name}={count} must be at least 1")
 
 
 def moments(values: Floats) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from atlas.data import simulator
 from atlas.data.augment import splitmix
-from atlas.data.demonstrations import Batch, Demonstrations, Policy, moments
+from atlas.data.demonstrations import Demonstrations, Policy, check, moments
 from atlas.data.simulator import Floats, Ints, Pixels, Scenes
 from atlas.errors import ConfigError
 
@@ -67,24 +67,13 @@ class Tabletop(Demonstrations):
             },
         }
 
-    def batch(
-        self,
-        ids: Sequence[int] | Ints,
-        seeds: Sequence[int] | Ints | None = None,
-        *,
-        images: bool = True,
-    ) -> Batch:
-        """The samples of these ids, collated; augmented by one seed a sample, if at all."""
-        batch = super().batch(ids, images=images)
-        if images and self.augment and seeds is not None:
-            shifted = _shift(batch["images"].numpy(), np.asarray(seeds), self.augment)
-            batch["images"] = torch.from_numpy(shifted)
-        return batch
-
     @property
     def augments(self) -> bool:
         """Whether a sample's images depend on its seed."""
         return bool(self.augment)
+
+    def _augmented(self, images: Pixels, seeds: Ints) -> Pixels:
+        return _shift(images, seeds, self.augment)
 
     def rollout(self, policy: Policy, scenes: Sequence[int]) -> dict[str, Floats]:
         """Let `policy` act in these scenes, all in lock-step; one value a scene.
@@ -132,15 +121,7 @@ def _demonstrations(seed: int, stream: int, episodes: int) -> _Recorded:
 
 
 def _check(split: str, episodes: int, val_episodes: int, horizon: int, augment: int) -> None:
-    if split not in ("train", "val"):
-        raise ConfigError(f"data split={split!r} is unknown: use 'train' or 'val'")
-    for key, value in [
-        ("episodes", episodes),
-        ("val_episodes", val_episodes),
-        ("horizon", horizon),
-    ]:
-        if value < 1:
-            raise ConfigError(f"data.{key}={value} must be at least 1")
+    check(split, episodes=episodes, val_episodes=val_episodes, horizon=horizon)
     if not 0 <= augment < simulator.SIZE // 2:
         raise ConfigError(f"data.train.augment={augment} must be 0 to {simulator.SIZE // 2 - 1} px")
 
