@@ -141,6 +141,10 @@ def test_dino_features(options: dict[str, Any], grid: Any, width: int) -> None:
 def test_dino_says_that_its_weights_are_random(caplog: pytest.LogCaptureFixture) -> None:
     dino()
     assert "random weights" in caplog.text and "facebook/dinov2-with-registers" in caplog.text
+    caplog.clear()
+    with pretrained.without_weights():  # as a finished policy is loaded
+        dino()
+    assert not caplog.text
 
 
 @needs_transformers

@@ -62,12 +62,13 @@ class Dino(VisionEncoder):
         name = "Dinov2WithRegistersModel"
         if path is not None:
             return pretrained.read_model(name, path, f"{KEY}.path", self.dtype, {})
-        log.warning(
-            "%s.path is null: DINOv2 starts from random weights; for the pretrained ones set "
-            "%s.path=facebook/dinov2-with-registers-small, or a folder with them",
-            KEY,
-            KEY,
-        )
+        if pretrained.weights_wanted():  # else whoever loads all weights anyway
+            log.warning(
+                "%s.path is null: DINOv2 starts from random weights; for the pretrained ones set "
+                "%s.path=facebook/dinov2-with-registers-small, or a folder with them",
+                KEY,
+                KEY,
+            )
         library = pretrained.transformers("model=vla_dino")
         sizes = library.Dinov2WithRegistersConfig(**config)
         return getattr(library, name)(sizes).to(self.dtype)
