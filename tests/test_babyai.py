@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 pytest.importorskip("minigrid", reason="minigrid is not installed (extra sim)")
 
+from commands import only_run, train
+
 from atlas.data import babyai
 from atlas.data.babyai import BabyAI
+from atlas.data.tabletop import Tabletop
 from atlas.errors import ConfigError
+from atlas.models.vla import VLA
+from atlas.run import Run
+from atlas.training.build import build_model
+from atlas.training.evaluate import evaluate, table
+from launchers.launch import resolve
 
 torch.set_num_threads(1)
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +75,6 @@ def test_the_bot_succeeds_and_standing_still_does_not(
         return torch.from_numpy(val.actions[rows])[:, None]
 
     monkeypatch.setattr(babyai, "ROLLOUT", babyai.VAL)
-    monkeypatch.setattr(babyai, "PRIOR", 0.0)
     outcomes = val.rollout(bot, range(6))
     assert outcomes["success"].tolist() == [1.0] * 6
     assert outcomes["steps"].tolist() == np.diff([0, *val.ends]).tolist()
@@ -76,16 +87,85 @@ def test_the_bot_succeeds_and_standing_still_does_not(
     assert val.rollout(still, range(3))["success"].tolist() == [0.0] * 3
 
 
-def test_an_uncertain_policy_wanders_and_rollouts_repeat(val: BabyAI) -> None:
+def test_actions_are_drawn_and_rollouts_repeat(val: BabyAI) -> None:
     def unsure(batch: dict[str, Any]) -> torch.Tensor:
-        return torch.zeros(len(batch["instruction"]), 4, 7)
+        return torch.tensor([0.3, 0.3, 0.4, 0, 0, 0, 0]).expand(len(batch["instruction"]), 4, 7)
 
-    drawn = [val._draw(np.zeros(7, np.float32), 3, step) for step in range(60)]
-    assert {0, 1, 2} <= set(drawn) <= {0, 1, 2, 3, 4}, "what the bot does, and nothing else"
+    likely = np.array([0.2, 0, 0.8, 0, 0, 0, 0], np.float32)
+    drawn = [val._draw(likely, 3, step) for step in range(100)]
+    assert set(drawn) == {0, 2} and 65 < drawn.count(2) < 95
     first, again = val.rollout(unsure, range(4)), val.rollout(unsure, range(4))
     assert all(np.array_equal(first[key], again[key]) for key in first)
     one = val.rollout(unsure, [2])
     assert one["steps"][0] == first["steps"][2], "whatever other scenes are played"
+
+
+def test_what_rollouts_are_compared_with(val: BabyAI) -> None:
+    found = val.rollout_baselines(range(12))
+    assert list(found) == ["wander", "bot"]
+    assert found["bot"]["success"].mean() == 1.0 > found["wander"]["success"].mean()
+    assert (found["bot"]["steps"] <= 64).all()
+    assert found["bot"]["steps"].mean() < found["wander"]["steps"].mean()
+
+
+def policy(data: Any, *overrides: str) -> VLA:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = resolve(compose("config", list(overrides)))
+    built: VLA = build_model(config, data.spec)  # type: ignore[assignment]
+    return built
+
+
+@pytest.mark.parametrize("head", ["l1", "flow_matching"])
+def test_discrete_actions_are_not_regressed(val: BabyAI, head: str) -> None:
+    with pytest.raises(ConfigError, match=r"are one of 7; set model/action_head=categorical"):
+        policy(val, f"model/action_head={head}")
+
+
+def test_numbers_are_not_chosen_among() -> None:
+    data = Tabletop(episodes=2, val_episodes=1)
+    with pytest.raises(ConfigError, match=r"vectors of 2 numbers; set model/action_head=l1"):
+        policy(data, "model/action_head=categorical")
+
+
+def test_the_recipe_learns(val: BabyAI) -> None:
+    """On a handful of frames it learns by heart what the bot does."""
+    torch.manual_seed(0)
+    model = policy(val, "experiment=babyai", "data=babyai")
+    batch = val.batch(range(len(val)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = model(batch)
+    for _ in range(60):
+        out = model(batch)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+    out = model.eval()(batch)
+    assert out["weight"] == batch["action_mask"].sum()
+    assert out["accuracy"] > 0.8 > first["accuracy"]
+    assert torch.allclose(model.act(batch).sum(dim=-1), torch.ones(len(val), val.horizon))
+
+
+def test_a_run_is_evaluated_beside_what_learns_nothing(tmp_path: Path) -> None:
+    train(
+        f"outputs={tmp_path}",
+        "experiment=babyai",
+        "tracking=none",
+        "data.episodes=8",
+        "data.val_episodes=4",
+        "data.rollouts=6",
+        "trainer.steps=2",
+        "schedule.warmup=0",
+    )
+    run = Run(only_run(tmp_path))
+    last = run.status["last"]
+    assert {"val/accuracy", "val/success", "val/l1_vs_mean_action"} <= last.keys()
+    found = evaluate(run, "cpu")
+    assert found["accuracy"]["mean"] == pytest.approx(last["val/accuracy"], abs=1e-6)
+    assert 0 < found["accuracy"]["majority_action"] < 1
+    assert found["rollout"]["success"] == pytest.approx(last["val/success"])
+    assert found["rollout_baselines"]["bot"]["success"] == 1.0
+    told = table(found)
+    assert "majority_action" in told and "wander                  success" in told
 
 
 @pytest.mark.parametrize(

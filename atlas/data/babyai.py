@@ -1,8 +1,8 @@
 """BabyAI's levels as a data set: its bot demonstrates, and a policy acts in scenes of its own.
 
 BabyAI (Chevalier-Boisvert et al. 2019) is a grid world with instructions; minigrid has its levels
-and the bot that solves them. Actions are discrete there; here an action is a vector with an entry
-for each, and a policy's predictions are taken for how likely they are.
+and the bot that solves them. Actions are discrete: an action is a vector with a 1 for the one that
+is taken, and a policy predicts how likely each is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from atlas.data.augment import uniform
-from atlas.data.demonstrations import Batch, Demonstrations, Floats, Pixels, Policy, moments
+from atlas.data.demonstrations import Batch, Demonstrations, Floats, Pixels, Policy, check, moments
 from atlas.errors import ConfigError
 
 TRAIN, VAL, ROLLOUT = range(3)  # streams of scenes that have no scene in common
@@ -27,7 +27,6 @@ TILE = 8  # pixels; the robot sees 7 x 7 tiles, itself in the middle of the lowe
 SIDE = 7 * TILE
 ACTIONS = 7  # left, right, forward, pickup, drop, toggle, done
 CAMERA = "agent"
-PRIOR = 0.1  # weight of how often the bot takes an action beside what is predicted
 
 
 class BabyAI(Demonstrations):
@@ -71,10 +70,10 @@ class BabyAI(Demonstrations):
             "horizon": horizon,
             "vocabulary": sorted(words),
             "relative": False,
+            "discrete": True,
             "statistics": {
                 "state": moments(training.states),
-                # Not their moments: what is hardly ever done would weigh most of all.
-                "actions": {"mean": [0.5] * ACTIONS, "std": [0.5] * ACTIONS},
+                "actions": {"mean": [0.0] * ACTIONS, "std": [1.0] * ACTIONS},
             },
         }
 
@@ -87,11 +86,11 @@ class BabyAI(Demonstrations):
         """Let `policy` act in these scenes, all in lock-step; one value a scene.
 
         policy: raw observations (images uint8 [B, 1, 3, H, W], state [B, 1, 3], instruction) to
-        [B, T, 7], how likely each action is. Returns `success`, 1 where the instruction was
+        [B, T, 7], the probability of each action. Returns `success`, 1 where the instruction was
         carried out within the level's own limit of steps, and `steps` it took.
 
-        Actions are drawn, as a function of seed, scene and step. The largest entry would not do:
-        without a memory, a policy that is uncertain once would stay where it is for good.
+        Actions are drawn, as a function of seed, scene and step. The most likely one would not do:
+        without a memory, a policy that turns to and fro once does so for good.
         """
         worlds = [_reset(self.level, self.seed, ROLLOUT, int(scene)) for scene in scenes]
         success = np.zeros(len(worlds), np.float32)
@@ -110,9 +109,29 @@ class BabyAI(Demonstrations):
                         break
         return {"success": success, "steps": steps}
 
+    def rollout_baselines(self, scenes: Sequence[int]) -> dict[str, dict[str, Floats]]:
+        """What `rollout` returns in these scenes for those that learn nothing.
+
+        `wander` draws actions as often as the bot takes them, whatever it sees; `bot` is the
+        demonstrator, which knows the whole map.
+        """
+        odds = torch.from_numpy(self._often)
+
+        def wander(batch: Batch) -> torch.Tensor:
+            return odds.expand(len(batch["instruction"]), self.horizon, -1)
+
+        return {"wander": self.rollout(wander, scenes), "bot": self._solved(scenes)}
+
+    def _solved(self, scenes: Sequence[int]) -> dict[str, Floats]:
+        worlds = [_reset(self.level, self.seed, ROLLOUT, int(scene)) for scene in scenes]
+        taken = np.array([len(list(_solve(world))) for world in worlds], np.float32)
+        limits = np.array([world.max_steps for world in worlds], np.float32)
+        success = (taken > 0).astype(np.float32)
+        return {"success": success, "steps": np.where(taken > 0, taken, limits)}
+
     def _draw(self, likely: Floats, scene: int, step: int) -> int:
-        """An action; where none is predicted, as often as the bot takes it."""
-        odds = np.clip(likely, 0, 1) + PRIOR * self._often
+        """An action, as often as `likely` [7] says; the last where that says nothing."""
+        odds = likely.clip(0, 1)
         drawn = uniform([self.seed * SCENES + scene], step + 1)[0, step] * odds.sum()
         return min(int(np.searchsorted(np.cumsum(odds), drawn, side="right")), ACTIONS - 1)
 
@@ -211,11 +230,6 @@ def _state(world: Any) -> Floats:
 def _check(split: str, episodes: int, val_episodes: int, horizon: int, executed: int) -> None:
     if find_spec("minigrid") is None:
         raise ConfigError("data=babyai needs minigrid: pip install -e '.[sim]'")
-    if split not in ("train", "val"):
-        raise ConfigError(f"data split={split!r} is unknown: use 'train' or 'val'")
-    counts = {"episodes": episodes, "val_episodes": val_episodes, "horizon": horizon}
-    for key, value in counts.items():
-        if value < 1:
-            raise ConfigError(f"data.{key}={value} must be at least 1")
+    check(split, episodes=episodes, val_episodes=val_episodes, horizon=horizon)
     if not 1 <= executed <= horizon:
         raise ConfigError(f"data.executed={executed} must be 1 to data.horizon={horizon}")

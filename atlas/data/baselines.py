@@ -53,6 +53,31 @@ class Errors:
             return self._sum / self._count[:, None]
 
 
+class Hits:
+    """How often the largest entry of a guess is the discrete action that is taken."""
+
+    def __init__(self) -> None:
+        self._right: Array = np.zeros(())
+        self._count: Array = np.zeros(())
+
+    def add(self, guessed: Array, actions: Array, mask: Array) -> None:
+        """As of `Errors`; actions with a 1 among zeros."""
+        right = (guessed.argmax(axis=-1) == actions.argmax(axis=-1)) & mask
+        self._right = self._right + right.sum(axis=0)
+        self._count = self._count + mask.sum(axis=0)
+
+    @property
+    def mean(self) -> float:
+        """The share of all valid actions."""
+        return float(self._right.sum() / self._count.sum())
+
+    @property
+    def by_horizon(self) -> Array:
+        """[T], the share over the samples; NaN where no sample reaches so far."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self._right / self._count
+
+
 def fit(blocks: Callable[[], Iterable[Block]], names: Iterable[str] = NAMES) -> dict[str, Guess]:
     """The baselines of `names` that make sense, fitted to the training samples in `blocks()`.
 

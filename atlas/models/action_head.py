@@ -1,4 +1,4 @@
-"""Chunks of actions: at once by regression, or out of noise by flow matching."""
+"""Chunks of actions: numbers by regression or out of noise, or choices among discrete ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,27 @@ class ActionHead(nn.Module):
     """The joined feature to a chunk of actions in normalised units, whatever they stand for.
 
     `forward(features)` is the chunk to act with, [B, T, A]. `errors(features, actions, mask)` is
-    what is learned from: an error for each element, float32 [B, T, A], whose mean over the valid
-    ones is the loss, and the absolute distance of the chunk to act with, where it is known
-    without much ado, else None. Both are exactly 0 where `mask` [B, T] is False.
+    what is learned from: an error for each element, float32 [B, T, E], whose mean over the valid
+    ones is the loss, and by name what is measured besides, each float32 [B, T, .]: `l1` [B, T, A],
+    the absolute distance of the chunk to act with, where it is known without much ado. All are
+    exactly 0 where `mask` [B, T] is False.
+
+    discrete: whether it is for actions of which one is taken, a 1 among zeros in the data.
     """
+
+    discrete = False
 
     def errors(
         self, features: Tensor, actions: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
+
+
+def perceptron(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:
+    """One hidden layer."""
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out)
+    )
 
 
 class ChunkHead(ActionHead):
@@ -33,12 +45,7 @@ class ChunkHead(ActionHead):
     ) -> None:
         super().__init__()
         self.shape = (horizon, action_dim)
-        self.layers = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, horizon * action_dim),
-        )
+        self.layers = perceptron(width, hidden, horizon * action_dim, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B, width]; returns [B, T, A]."""
@@ -47,10 +54,54 @@ class ChunkHead(ActionHead):
 
     def errors(
         self, features: Tensor, actions: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The error is the distance itself."""
         errors = _distances(self(features), actions, mask)
-        return errors, errors
+        return errors, {"l1": errors}
+
+
+class CategoricalHead(ActionHead):
+    """How likely each of `action_dim` discrete actions is, for every step of a chunk by itself.
+
+    Trained by the cross-entropy, in nats. What it acts with are probabilities; whoever executes
+    them chooses.
+    """
+
+    discrete = True
+
+    def __init__(
+        self, width: int, horizon: int, action_dim: int, hidden: int = 256, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.shape = (horizon, action_dim)
+        self.layers = perceptron(width, hidden, horizon * action_dim, dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B, width]; returns probabilities [B, T, A], float32."""
+        return self._scores(features).softmax(dim=-1)
+
+    def errors(
+        self, features: Tensor, actions: Tensor, mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropies [B, T, 1], and `accuracy`: 1 where the most likely action is the true one.
+
+        `l1` is the distance of the probabilities from a 1 among zeros: times A / 2, how likely
+        another action would be drawn than the true one.
+        """
+        scores = self._scores(features)
+        taken = actions.masked_fill(~mask[..., None], 0.0).argmax(dim=-1)
+        errors = nn.functional.cross_entropy(
+            scores.flatten(0, 1), taken.flatten(), reduction="none"
+        )
+        right = (scores.argmax(dim=-1) == taken) & mask
+        return errors.view_as(taken).masked_fill(~mask, 0.0)[..., None], {
+            "accuracy": right.float()[..., None],
+            "l1": _distances(scores.softmax(dim=-1), actions, mask),
+        }
+
+    def _scores(self, features: Tensor) -> Tensor:
+        scores: Tensor = self.layers(features)
+        return scores.float().view(-1, *self.shape)
 
 
 class FlowMatchingHead(ActionHead):
@@ -109,8 +160,8 @@ class FlowMatchingHead(ActionHead):
 
     def errors(
         self, features: Tensor, actions: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The square of the velocity's error; the distance in eval mode alone, as it takes steps.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The square of the velocity's error; `l1` in eval mode alone, as it takes steps.
 
         Time and noise come from torch's global generator.
         """
@@ -121,7 +172,9 @@ class FlowMatchingHead(ActionHead):
         between = time[..., None] * noise + (1 - time[..., None]) * actions
         velocity = self._velocity(between, time, features, mask)
         errors = (velocity - (noise - actions)).masked_fill(~mask[..., None], 0.0).square()
-        return errors, None if self.training else _distances(self(features), actions, mask)
+        if self.training:
+            return errors, {}
+        return errors, {"l1": _distances(self(features), actions, mask)}
 
     def _velocity(
         self, chunk: Tensor, time: Tensor, features: Tensor, mask: Tensor | None

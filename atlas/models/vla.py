@@ -18,8 +18,10 @@ class VLA(nn.Module):
 
     spec: what a data set says of itself (`train.spec`): `cameras`, `image_size`, `state_dim`,
     `history`, `action_dim`, `horizon`, `vocabulary`, `relative` and the training split's
-    `statistics` (of `state`, `actions` and, where states have a history, `velocity`). The parts are
-    factories that are called with the sizes that follow from it.
+    `statistics` (of `state`, `actions` and, where states have a history, `velocity`). `discrete`
+    (False where it is left out): one of `action_dim` actions is taken at a time, and an action is
+    a vector with a 1 for it among zeros; the statistics of `actions` are then 0 and 1. The parts
+    are factories that are called with the sizes that follow from it.
     Statistics are buffers, so a checkpoint's weights come with the units that they act in.
     """
 
@@ -53,6 +55,7 @@ class VLA(nn.Module):
         self.action_head: Any = action_head(
             width=self.fusion.width, horizon=spec["horizon"], action_dim=self.action_dim
         )
+        _check_head(self.action_head, spec)
         still = {"mean": [0.0] * spec["state_dim"], "std": spec["statistics"]["state"]["std"]}
         for name, moments in {"velocity": still, **spec["statistics"]}.items():
             mean, std = (
@@ -69,23 +72,27 @@ class VLA(nn.Module):
         own units, `instruction` a list of B strings, `action_mask` [B, T], True where valid.
         `features` [B, V, P, C], what the vision module returns for the images, may stand in for
         them. Returns `loss`, the head's error of normalised actions, `weight`, how many valid
-        elements it is the mean of, and, where the head knows them, `l1`, the L1 of the actions it
-        would take in their own units; all 0 where none is valid.
+        elements it is the mean of, and the means of what the head measures besides: `l1`, the L1
+        of the actions it would take in their own units, where it knows them, and `accuracy` of
+        discrete ones; all 0 where none is valid.
         """
         mask = batch["action_mask"]
         actions = self._shift(batch["actions"], batch["state"], -1)
         target = (actions - self.actions_mean) / self.actions_std
-        errors, distances = self.action_head.errors(self._join(batch), target, mask)
-        weight = mask.sum().float() * self.action_dim
-        count = weight.clamp(min=1.0)
-        out = {"loss": errors.sum() / count, "weight": weight}
-        if distances is not None:
-            out["l1"] = (distances.detach() * self.actions_std).sum() / count
-        return out
+        errors, measures = self.action_head.errors(self._join(batch), target, mask)
+        out = {name: values.detach() for name, values in measures.items()}
+        if "l1" in out:
+            out["l1"] = out["l1"] * self.actions_std
+        valid = mask.sum().float()
+        means = {name: _mean(values, valid) for name, values in {"loss": errors, **out}.items()}
+        return {**means, "weight": valid * errors.shape[-1]}
 
     @torch.no_grad()
     def act(self, batch: Batch) -> Tensor:
-        """[B, T, A] actions in their own units, from raw observations on any device."""
+        """[B, T, A] actions in their own units, from raw observations on any device.
+
+        Of discrete actions it is the probability of each.
+        """
         device = self.actions_mean.device
         seen = {n: batch[n].to(device) for n in ("images", "features", "state") if n in batch}
         batch = {**batch, **seen}
@@ -125,6 +132,11 @@ class VLA(nn.Module):
         return torch.cat([last, changes.flatten(1)], dim=1)
 
 
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Of values [B, T, .] that are 0 but for `valid` of their B x T rows; 0 where there is none."""
+    return values.sum() / (valid * values.shape[-1]).clamp(min=1.0)
+
+
 def _check(spec: Mapping[str, Any]) -> None:
     if spec["relative"] and spec["state_dim"] < spec["action_dim"]:
         raise ConfigError(
@@ -137,3 +149,19 @@ def _check(spec: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"statistics of {name} have {found} entries, expected {size}; compute them again"
             )
+
+
+def _check_head(head: Any, spec: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for numbers where actions are discrete, and for choices where not."""
+    discrete, chooses = bool(spec.get("discrete")), bool(getattr(head, "discrete", False))
+    if discrete and not chooses:
+        raise ConfigError(
+            f"model.action_head is a {type(head).__name__}, which predicts numbers, and the data's "
+            f"actions are one of {spec['action_dim']}; set model/action_head=categorical"
+        )
+    if chooses and not discrete:
+        raise ConfigError(
+            f"model.action_head is a {type(head).__name__}, which chooses among discrete actions, "
+            f"and the data's are vectors of {spec['action_dim']} numbers; set model/action_head=l1 "
+            "or flow_matching"
+        )

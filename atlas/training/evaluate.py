@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from atlas import trajectories
 from atlas.data import baselines
-from atlas.data.baselines import Block, Errors
+from atlas.data.baselines import Block, Errors, Hits
 from atlas.errors import AtlasError
 from atlas.lock import replace
 from atlas.run import Run
@@ -46,7 +46,8 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
     if hasattr(val, "prepare"):
         val.prepare()
     predictions = Predictions(config, policy, val)
-    errors, samples = predictions.errors()
+    errors, hits = Errors(), Hits()
+    samples = predictions.measure(errors, *([hits] if discrete(val) else []))
     joints = action_names(val, errors.table.shape[1])
     found = {
         "run": run.id,
@@ -57,7 +58,9 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
         "episodes": len(np.unique(val.episode)) if hasattr(val, "episode") else None,
         "error": summary(errors, joints),
         "baselines": _baselines(config, train, val, errors, joints),
+        "accuracy": _accuracy(config, train, val, hits) if discrete(val) else None,
         "rollout": rollout(policy, val),
+        "rollout_baselines": rollout_baselines(val),
         "created": round(time.time(), 3),
     }
     folder = out or run.path
@@ -78,16 +81,18 @@ class Predictions:
         # As in the run's validations, so that what is drawn at random is drawn alike.
         self._seeds = StepSeeds(int(config["seed"]), 0, policy.device)
 
-    def errors(self) -> tuple[Errors, int]:
-        """Of all samples, in the data's own units, and the number of samples.
+    def measure(self, *measures: Errors | Hits) -> int:
+        """Add all samples to `measures`, in the data's own units; the number of samples.
 
         With data.on_bad=skip without the bad ones, as in the run's validations.
         """
-        errors, samples = Errors(), 0
+        samples = 0
         for ids, predicted, batch in self._batches(np.arange(len(self._data))):
-            errors.add(predicted, batch["actions"].numpy(), batch["action_mask"].numpy())
+            actions, mask = batch["actions"].numpy(), batch["action_mask"].numpy()
+            for each in measures:
+                each.add(predicted, actions, mask)
             samples += len(ids)
-        return errors, samples
+        return samples
 
     def episode(self, names: list[str]) -> trajectories.Episode | None:
         """The first episode, to be drawn; None where the data does not tell its episodes."""
@@ -143,7 +148,26 @@ def rollout(policy: Policy, data: Any) -> dict[str, float] | None:
     if not scenes:
         return None
     outcomes = data.rollout(policy.act_batch, range(scenes))
-    return {"scenes": scenes, **{name: float(v.mean()) for name, v in outcomes.items()}}
+    return {"scenes": scenes, **means(outcomes)}
+
+
+def rollout_baselines(data: Any) -> dict[str, dict[str, float]] | None:
+    """The means of the same outcomes for what learns nothing, where the data set can tell them."""
+    scenes = getattr(data, "scenes", 0) or 0
+    if not scenes or not hasattr(data, "rollout_baselines"):
+        return None
+    found = data.rollout_baselines(range(scenes))
+    return {name: means(outcomes) for name, outcomes in found.items()}
+
+
+def means(outcomes: Mapping[str, Array]) -> dict[str, float]:
+    """Over the scenes."""
+    return {name: float(values.mean()) for name, values in outcomes.items()}
+
+
+def discrete(data: Any) -> bool:
+    """Whether one of some actions is taken at a time, a 1 among zeros."""
+    return bool((getattr(data, "spec", None) or {}).get("discrete"))
 
 
 def summary(errors: Errors, joints: list[str]) -> dict[str, Any]:
@@ -167,6 +191,19 @@ def _baselines(
     return {
         name: {"ratio": errors.mean / error.mean, **summary(error, joints)}
         for name, error in measured.items()
+    }
+
+
+def _accuracy(config: Mapping[str, Any], train: Any, val: Any, hits: Hits) -> dict[str, Any]:
+    """How often the most likely action is the demonstrated one; `majority_action`: the commonest."""
+    guess = baselines.fit(lambda: blocks(config, train), ["mean_action"])["mean_action"]
+    majority = Hits()
+    for state, actions, mask in blocks(config, val):
+        majority.add(np.broadcast_to(guess(state), actions.shape), actions, mask)
+    return {
+        "mean": hits.mean,
+        "by_horizon": hits.by_horizon.tolist(),
+        "majority_action": majority.mean,
     }
 
 
@@ -242,8 +279,20 @@ def table(found: Mapping[str, Any]) -> str:
     for joint, value in error["by_joint"].items():
         others = [base["by_joint"][joint] for base in found["baselines"].values()]
         lines.append(f"{joint:<28}{value:10.5f}" + "".join(f"{e:13.5f}" for e in others))
+    if accuracy := found["accuracy"]:
+        lines += [
+            "",
+            f"{'accuracy':<24}{accuracy['mean']:14.3f}",
+            f"{'majority_action':<24}{accuracy['majority_action']:14.3f}",
+            "by place in the chunk  " + " ".join(f"{e:.3f}" for e in accuracy["by_horizon"]),
+        ]
     if found["rollout"]:
         outcomes = {k: v for k, v in found["rollout"].items() if k != "scenes"}
-        told = ", ".join(f"{name} {value:.3f}" for name, value in outcomes.items())
-        lines += ["", f"rollouts in {found['rollout']['scenes']} scenes: {told}"]
+        lines += ["", f"rollouts in {found['rollout']['scenes']} scenes: {_told(outcomes)}"]
+        beside = found["rollout_baselines"] or {}
+        lines += [f"{name:<24}{_told(means)}" for name, means in beside.items()]
     return "\n".join(lines)
+
+
+def _told(outcomes: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in outcomes.items())
