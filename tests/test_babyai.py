@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,17 @@ def test_numbers_are_not_chosen_among() -> None:
     data = Tabletop(episodes=2, val_episodes=1)
     with pytest.raises(ConfigError, match=r"vectors of 2 numbers; set model/action_head=l1"):
         policy(data, "model/action_head=categorical")
+
+
+def test_statistics_of_choices_do_not_count(val: BabyAI) -> None:
+    head, batch = "model/action_head=categorical", val.batch([0, 1])
+    moments = {"mean": [0.3] * 7, "std": [0.2] * 7}
+    statistics = {**val.spec["statistics"], "actions": moments}
+    other = SimpleNamespace(spec={**val.spec, "statistics": statistics})
+    assert torch.equal(policy(val, head).act(batch), policy(other, head).act(batch))
+    relative = SimpleNamespace(spec={**val.spec, "relative": True})
+    with pytest.raises(ConfigError, match="cannot be relative"):
+        policy(relative, head)
 
 
 def test_the_recipe_learns(val: BabyAI) -> None:

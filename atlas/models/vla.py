@@ -20,8 +20,8 @@ class VLA(nn.Module):
     `history`, `action_dim`, `horizon`, `vocabulary`, `relative` and the training split's
     `statistics` (of `state`, `actions` and, where states have a history, `velocity`). `discrete`
     (False where it is left out): one of `action_dim` actions is taken at a time, and an action is
-    a vector with a 1 for it among zeros; the statistics of `actions` are then 0 and 1. The parts
-    are factories that are called with the sizes that follow from it.
+    a vector with a 1 for it among zeros, which no statistics shift or scale. The parts are
+    factories that are called with the sizes that follow from it.
     Statistics are buffers, so a checkpoint's weights come with the units that they act in.
     """
 
@@ -57,7 +57,11 @@ class VLA(nn.Module):
         )
         _check_head(self.action_head, spec)
         still = {"mean": [0.0] * spec["state_dim"], "std": spec["statistics"]["state"]["std"]}
-        for name, moments in {"velocity": still, **spec["statistics"]}.items():
+        statistics = {"velocity": still, **spec["statistics"]}
+        if spec.get("discrete"):
+            zeros, ones = [0.0] * self.action_dim, [1.0] * self.action_dim
+            statistics["actions"] = {"mean": zeros, "std": ones}
+        for name, moments in statistics.items():
             mean, std = (
                 torch.tensor(list(moments[key]), dtype=torch.float32) for key in ("mean", "std")
             )
@@ -138,6 +142,8 @@ def _mean(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def _check(spec: Mapping[str, Any]) -> None:
+    if spec["relative"] and spec.get("discrete"):
+        raise ConfigError("discrete actions cannot be relative to the state; use absolute actions")
     if spec["relative"] and spec["state_dim"] < spec["action_dim"]:
         raise ConfigError(
             f"actions relative to the state need a state of at least action_dim="
