@@ -16,6 +16,7 @@ from atlas.identity import flat
 PRECISIONS = ("fp32", "tf32", "bf16")
 SCALINGS = ("none", "linear", "sqrt")
 DEVICES = ("auto", "cpu", "cuda")
+SHARDINGS = ("fsdp2",)
 SECRETS = ("token", "password", "secret", "api_key", "access_key")  # whole words of a key's name
 IN_URI = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # user and password in an address
 
@@ -132,6 +133,7 @@ KEYS: dict[str, Key] = {
     "cluster.nodes": COUNT,
     "cluster.nproc_per_node": Key(int, minimum=1, auto=True),
     "cluster.device": Key(str, choices=DEVICES),
+    "cluster.sharding": Key(str, choices=SHARDINGS, null=True),
     "tracking.kind": Key(str, choices=("mlflow", "none")),
     "tracking.uri": Key(str, null=True),
     "tracking.artifact_root": Key(str, null=True),
@@ -161,6 +163,11 @@ def check(config: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def is_sharded(config: Mapping[str, Any], world_size: int) -> bool:
+    """Whether the ranks hold parts of the weights; one rank has nobody to share with."""
+    return world_size > 1 and config["cluster"].get("sharding") is not None
 
 
 def not_set(key: str) -> str:
@@ -264,6 +271,13 @@ def _relations(config: Mapping[str, Any]) -> Iterator[str]:
         )
     if config.get("resume") and config.get("fresh") is True:
         yield "resume and fresh=true contradict each other; give one of them"
+    sharding = _good(config, "cluster.sharding")
+    if sharding and _good(config, "trainer.compile"):
+        yield (
+            f"cluster.sharding={sharding} and trainer.compile=true do not go together: weights are "
+            "gathered between the parts of a compiled model; set trainer.compile=false, or "
+            "cluster.sharding=null"
+        )
     patience, (_, val) = _good(config, "trainer.patience"), _lookup(config, "data.val")
     if patience and val is None:
         yield (

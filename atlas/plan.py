@@ -56,6 +56,12 @@ def outline(run: Run, config: Mapping[str, Any], launcher: Any) -> str:
         f"{config['optim']['lr']:g} x {factor:.4g} = {config['optim']['lr'] * factor:.4g}",
         "saves": saves(config["trainer"]),
     }
+    if launcher.sharding:
+        rows["sharding"] = f"{launcher.sharding}: " + (
+            f"weights, gradients and optimizer state are cut over {world} ranks"
+            if world > 1
+            else "one rank holds everything, there is nobody to share with"
+        )
     return table(rows)
 
 

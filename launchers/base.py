@@ -41,9 +41,12 @@ class Launcher(abc.ABC):
     # Whether the runs are on other machines than this one, whose devices say nothing about them.
     elsewhere: bool = False
 
-    def __init__(self, nodes: int, nproc_per_node: int | str, device: str) -> None:
+    def __init__(
+        self, nodes: int, nproc_per_node: int | str, device: str, sharding: str | None = None
+    ) -> None:
         self.nodes = nodes
         self.device = device
+        self.sharding = sharding
         self.nproc_per_node = self._ranks_per_node(nproc_per_node)
 
     @property

@@ -79,7 +79,8 @@ def launcher_of(config: dict[str, Any]) -> Launcher:
         launcher: Launcher = instantiate(config["cluster"])
         return launcher
     torchrun.refuse(config["cluster"]["_target_"], multirun=False)
-    return torchrun.TorchrunLauncher(config["cluster"]["device"])
+    cluster = config["cluster"]
+    return torchrun.TorchrunLauncher(cluster["device"], cluster.get("sharding"))
 
 
 def start(main: Callable[[], Any]) -> None:

@@ -47,8 +47,9 @@ class LocalLauncher(Launcher):
         device: str = "auto",
         runs_at_once: int | str = "auto",
         required_gpus: int | None = None,
+        sharding: str | None = None,
     ) -> None:
-        super().__init__(nodes, nproc_per_node, device)
+        super().__init__(nodes, nproc_per_node, device, sharding)
         self._runs_at_once = runs_at_once
         self._required_gpus = required_gpus
 

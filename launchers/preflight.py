@@ -90,6 +90,8 @@ def _digest(code: str, config: Mapping[str, Any]) -> str:
     kept = {section: copy.deepcopy(config[section]) for section in SECTIONS}
     for section, key in WITHOUT:
         kept[section].pop(key, None)
+    if sharding := config["cluster"].get("sharding"):
+        kept["sharding"] = sharding
     versions = [sys.version, *(_version(name) for name in LIBRARIES)]
     text = json.dumps([code, versions, kept], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]

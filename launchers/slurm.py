@@ -110,8 +110,15 @@ class SlurmLauncher(Launcher):
     name = "slurm"
     elsewhere = True
 
-    def __init__(self, nodes: int, nproc_per_node: int | str, device: str, **settings: Any) -> None:
-        super().__init__(nodes, nproc_per_node, device)
+    def __init__(
+        self,
+        nodes: int,
+        nproc_per_node: int | str,
+        device: str,
+        sharding: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(nodes, nproc_per_node, device, sharding)
         self._settings = {**dict.fromkeys(KEYS), **settings}
         self._settings["setup"] = list(settings.get("setup") or ())
         self._settings["sbatch"] = {

@@ -27,9 +27,9 @@ class TorchrunLauncher(Launcher):
 
     name = "torchrun"
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, sharding: str | None = None) -> None:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        super().__init__(int(os.environ["WORLD_SIZE"]) // local, local, device)
+        super().__init__(int(os.environ["WORLD_SIZE"]) // local, local, device, sharding)
 
     def check(self) -> None:
         """torchrun has started what it has started."""

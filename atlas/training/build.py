@@ -14,12 +14,15 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
+from atlas.config import is_sharded
 from atlas.errors import ConfigError
 from atlas.identity import effective_batch
-from atlas.training import features, optim
+from atlas.training import features, optim, sharding
 from atlas.training.precision import check_precision
 from atlas.training.randomness import seed_everything
 from atlas.training.stream import check_dataset
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -39,12 +42,23 @@ def build(config: Mapping[str, Any], world_size: int, device: torch.device) -> P
     check_precision(config["trainer"]["precision"], device)
     train, val = build_data(config)
     spec = getattr(train, "spec", None)
-    model = build_model(config, spec).to(device)
+    # What is cut over the ranks need not fit a device before it is.
+    place = CPU if is_sharded(config, world_size) else device
+    model = build_model(config, spec).to(place)
+    groups, optimizer = arrange(config, model, world_size, device)
+    if is_sharded(config, world_size):
+        sharding.check(model)
+    features.check(config, model, [data for data in (train, val) if data is not None])
+    return Parts(train, val, spec, model, groups, optimizer)
+
+
+def arrange(
+    config: Mapping[str, Any], model: nn.Module, world_size: int, device: torch.device
+) -> tuple[list[optim.Group], optim.Optimizer]:
+    """The groups of `model`'s parameters, some of them frozen by this, and the optimizer over them."""
     groups = optim.group_parameters(model, config["optim"]["lr_multipliers"] or {})
     optim.freeze(groups)
-    features.check(config, model, [data for data in (train, val) if data is not None])
-    optimizer = build_optimizer(config, groups, world_size, device)
-    return Parts(train, val, spec, model, groups, optimizer)
+    return groups, build_optimizer(config, groups, world_size, device)
 
 
 def build_data(config: Mapping[str, Any]) -> tuple[Any, Any | None]:

@@ -56,6 +56,16 @@ class World:
         return box[0]
 
 
+def is_cut(value: Any) -> bool:
+    """Whether a tensor is spread over the ranks (a DTensor, whose import takes a second)."""
+    return hasattr(value, "full_tensor")
+
+
+def local(value: Any) -> torch.Tensor:
+    """This rank's part of a tensor that is cut, in the same memory; any other as it is."""
+    return value.to_local() if is_cut(value) else value
+
+
 def init(device: str) -> World:
     """Join the other ranks as the environment says; `device` is auto, cuda or cpu."""
     rank = int(os.environ.get("RANK", 0))

@@ -64,7 +64,7 @@ def attach(config: Mapping[str, Any], parts: Any, device: torch.device) -> None:
 
     precision = str(config["trainer"]["precision"])
     cache = FeatureCache(
-        parts.model.vision,
+        parts.model.vision.to(device),  # a model that is to be cut over ranks is not there yet
         {"precision": precision, "device": device.type},
         autocast(precision, device),
         device,
@@ -282,8 +282,6 @@ def _wrong_model(model: nn.Module) -> Iterator[str]:
             "the vision is trained, so what it makes of an image changes with every update; "
             "freeze it with optim.lr_multipliers.vision=0"
         )
-    elif any(hasattr(parameter, "placements") for parameter in vision.parameters()):
-        yield "the vision is sharded over the ranks; set cluster.sharding to what keeps it whole"
 
 
 def _wrong_data(data: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atlas.training.distributed import World
+from atlas.training.distributed import World, is_cut
 from atlas.training.optim import Optimizer, total_norm
 
 Number = float | torch.Tensor
@@ -73,6 +73,7 @@ class Gradient:
         self._optimizer = optimizer
         self._world = world
         self._clip = clip_norm
+        self._cut = any(map(is_cut, optimizer.parameters))
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=world.device)
 
     def finish(self, step: int, sums: Sums) -> tuple[Number, torch.Tensor | None]:
@@ -81,8 +82,8 @@ class Gradient:
         On the CPU the flag is None and `first_bad` is up to date at once; on CUDA nothing is read.
         """
         gradients = self._optimizer.gradients()
-        norm = total_norm(gradients)
-        # DDP has averaged over the ranks what is to be summed over them.
+        norm = self._norm(gradients)
+        # DDP and FSDP have averaged over the ranks what is to be summed over them.
         scale = self._world.size / floor(sums.weight)
         if self._world.device.type == "cpu":
             return self._finish_here(step, sums, gradients, float(norm), float(scale)), None
@@ -92,6 +93,14 @@ class Gradient:
         factor = scale if self._clip is None else scale * clip_factor(norm, self._clip)
         torch._foreach_mul_(gradients, as_tensor(factor, norm.device))
         return norm, good
+
+    def _norm(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Over all ranks, where `gradients` are this one's parts."""
+        norm = total_norm(gradients)
+        if self._cut:
+            # In double precision: a square is infinite long before its root.
+            norm = self._world.sum(norm.double().square()).sqrt().to(norm.dtype)
+        return norm
 
     def _finish_here(
         self, step: int, sums: Sums, gradients: list[torch.Tensor], norm: float, scale: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from atlas import trust
+from atlas.config import is_sharded
 from atlas.errors import AtlasError
 from atlas.lock import Lock
 from atlas.progress import open_progress
@@ -20,12 +22,13 @@ from atlas.run import Run
 from atlas.stop import Stop
 from atlas.tracking import Tracker
 from atlas.training import distributed, features
-from atlas.training.build import Parts, build
+from atlas.training.build import Parts, arrange, build
 from atlas.training.checkpoint import Checkpoints, averaged, load_weights
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
 from atlas.training.frozen import frozen_state
 from atlas.training.precision import set_determinism
+from atlas.training.sharding import shard
 from atlas.training.stream import TrainStream, on_bad
 from atlas.training.trainer import Outcome, Trainer, TrainState
 
@@ -71,6 +74,9 @@ def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
         if world.is_main:
             checkpoints.point_best(state.best["step"] if state.best else None)
             checkpoints.save_frozen(frozen_state(parts.model))
+        if is_sharded(config, world.size):
+            again = functools.partial(arrange, config, parts.model, world.size, world.device)
+            ema = shard(parts, ema, world, again)
         return fit(run, lock, stop, config, world, parts, checkpoints, state, ema)
     finally:
         distributed.finish()

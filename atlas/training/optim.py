@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from atlas.errors import ConfigError, nearest
+from atlas.training.distributed import local
 from atlas.training.lean import bare_step, spare_compiler
 
 REST = "rest"  # the group of parameters that no multiplier path matches
@@ -126,8 +127,11 @@ class Optimizer:
             group["lr"] = self.base_lrs[group["name"]] * factor
 
     def gradients(self) -> list[torch.Tensor]:
-        """The gradients there are; a parameter that the loss did not use has none."""
-        return [p.grad for p in self.parameters if p.grad is not None]
+        """The gradients there are, this rank's parts where they are cut over the ranks.
+
+        A parameter that the loss did not use has none.
+        """
+        return [local(p.grad) for p in self.parameters if p.grad is not None]
 
     def step(self, good: torch.Tensor | None) -> None:
         """Update the weights, unless the flag `good` on the device says that the gradient is bad.

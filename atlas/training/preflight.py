@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from atlas.config import is_sharded
 from atlas.errors import AtlasError, ConfigError
-from atlas.training import features, optim
+from atlas.training import features, optim, sharding
 from atlas.training.build import build_data, build_model, build_optimizer
 from atlas.training.stream import Fetcher, Order, on_bad, to_device
 
@@ -69,6 +70,8 @@ def check(config: Mapping[str, Any], world_size: int) -> Report:
     )
     if groups is not None:
         optim.freeze(groups)
+        if is_sharded(config, world_size):
+            report.attempt("cluster.sharding", lambda: sharding.check(model))
         sets = [part for part in data or () if part is not None]
         report.attempt("data.cache_features", lambda: features.check(config, model, sets))
         small = [_small(group) for group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ class Replica:
         if yes or self._world.size == 1:
             return contextlib.nullcontext()
         return self._call.no_sync()
+
+    def whole(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which a rank may call the model by itself, however often."""
+        return contextlib.nullcontext()
+
+    def gathered(self, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `state` gives on rank 0, which alone writes; nothing on the others."""
+        return state() if self._world.is_main else {}
 
     def settle(
         self,

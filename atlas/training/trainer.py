@@ -22,7 +22,7 @@ from atlas.training.gradient import Gradient, Sums
 from atlas.training.meters import Pending, Window
 from atlas.training.precision import autocast
 from atlas.training.randomness import StepSeeds
-from atlas.training.replica import Replica
+from atlas.training.sharding import replicated
 from atlas.training.stream import TrainStream, ending, on_bad, to_device
 from atlas.training.validation import Interrupted, Validation
 
@@ -94,7 +94,7 @@ class Trainer:
         self.gradient = Gradient(self.optimizer, world, settings["clip_norm"])
         self.agreement = Agreement(world)
         self.validation = self._validation(config)
-        self.replica = Replica(parts.model, world, bool(settings["compile"]))
+        self.replica = replicated(parts.model, world, bool(settings["compile"]))
         self.window = Window()
         self.ahead = ReadAhead(stream, stop, self.accumulate)
         self._eval_for_good = frozen_modules(parts.model)
@@ -142,7 +142,7 @@ class Trainer:
         model = self.parts.model
         model.eval()
         try:
-            with self.ema.applied() if self.ema else contextlib.nullcontext():
+            with self.ema.applied() if self.ema else contextlib.nullcontext(), self.replica.whole():
                 metrics = self.validation.run(model, self._interrupted, self.stop.wait)
         finally:
             self.train_mode()
@@ -155,10 +155,11 @@ class Trainer:
     def save(self) -> None:
         """Journal first, then the checkpoint, then the status that names it."""
         self._check_weights()
+        state = self.replica.gathered(self.state_dict)
         if self.world.is_main:
             self.tracker.sync()
             best = self.state.best["step"] if self.state.best else None
-            self.checkpoints.save(self.state.step, self.state_dict(), best)
+            self.checkpoints.save(self.state.step, state, best)
             self.tracker.status(step=self.state.step, best=self.state.best)
         self._saved_step = self.state.step
         self._saved_at = time.monotonic()
