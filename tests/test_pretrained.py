@@ -382,6 +382,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.update(kept)
 
 
+def test_vggt_without_weights_needs_no_download(package: Any) -> None:
+    with pretrained.without_weights():
+        assert vggt(None, path="nobody/vggt").width == 8  # of the published sizes
+    with pytest.raises(ConfigError, match="hf download nobody/vggt"):
+        vggt(None, path="nobody/vggt")
+
+
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_vggt_from_a_checkpoint(tmp_path: Path, package: Any, name: str, whole: bool) -> None:

@@ -130,10 +130,11 @@ def find_checkpoint(path: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     hub = pretrained.need("huggingface_hub", f"{KEY}.path={name}", "pip install huggingface_hub")
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # sizes that are not given are the published ones
-        hub.hf_hub_download(name, SIZES)
+    sizes = None
+    with contextlib.suppress(OSError, ValueError):  # without a file they are the published ones
+        sizes = hub.hf_hub_download(name, SIZES)
+    if not pretrained.weights_wanted():
+        return Path(sizes).with_name(WEIGHTS[0]) if sizes else Path(name) / WEIGHTS[0]
     failures = []
     for file in WEIGHTS:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,13 +39,18 @@ class Parts:
 
 
 def build(config: Mapping[str, Any], world_size: int, device: torch.device) -> Parts:
-    """Instantiate everything of `config`; what is wrong is raised as one `ConfigError`."""
+    """Instantiate everything of `config`; what is wrong is raised as one `ConfigError`.
+
+    On the meta device the model has no weights, and is built without the memory for them.
+    """
     check_precision(config["trainer"]["precision"], device)
     train, val = build_data(config)
     spec = getattr(train, "spec", None)
+    hollow = device.type == "meta"
+    with device if hollow else contextlib.nullcontext():
+        model = build_model(config, spec)
     # What is cut over the ranks need not fit a device before it is.
-    place = CPU if is_sharded(config, world_size) else device
-    model = build_model(config, spec).to(place)
+    model.to(CPU if is_sharded(config, world_size) and not hollow else device)
     groups, optimizer = arrange(config, model, world_size, device)
     if is_sharded(config, world_size):
         sharding.check(model)

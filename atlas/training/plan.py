@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from atlas.errors import ConfigError
 from atlas.identity import effective_batch
+from atlas.models.pretrained import without_weights
 from atlas.plan import rates, table
 from atlas.training import distributed
-from atlas.training.build import Parts, base_lr, build
+from atlas.training.build import CPU, Parts, base_lr, build
+from atlas.training.memory import Estimate, estimate
+from atlas.training.precision import check_precision
+from atlas.training.preflight import META
 from atlas.training.trainer import validation_interval
 
 
@@ -22,10 +27,11 @@ def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) 
     precision does not matter.
     """
     wanted = config["cluster"]["device"]
-    device = torch.device("cpu") if elsewhere else distributed.choose_device(wanted, 0)
-    if elsewhere:
-        config = {**config, "trainer": {**config["trainer"], "precision": "fp32"}}
-    parts = build(config, world_size, device)
+    device = CPU if elsewhere else distributed.choose_device(wanted, 0)
+    if not elsewhere:
+        check_precision(config["trainer"]["precision"], device)
+    parts = hollow(config, world_size)
+    memory = estimate(config, parts, world_size)
     multipliers = {group.name: group.multiplier for group in parts.groups}
     return "\n".join(
         [
@@ -33,9 +39,38 @@ def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) 
             "",
             parameters(parts),
             "",
+            memory.text(),
+            *room(memory, device),
+            "",
             rates(config, base_lr(config, world_size), multipliers),
         ]
     )
+
+
+def hollow(config: Mapping[str, Any], world_size: int) -> Parts:
+    """The run's parts; a plan needs no weights, so they are neither read nor have memory.
+
+    A model that does not let itself be built so gets some, at random.
+    """
+    spared = {**config, "trainer": {**config["trainer"], "precision": "fp32"}}
+    with without_weights():
+        try:
+            return build(spared, world_size, META)
+        except ConfigError:
+            raise
+        except Exception:  # what a constructor may do with tensors, meta tensors cannot all
+            return build(spared, world_size, CPU)
+
+
+def room(memory: Estimate, device: torch.device) -> list[str]:
+    """What this machine's GPU has to say to it; nothing where the run is for another one."""
+    if device.type != "cuda":
+        return []
+    free, whole = torch.cuda.mem_get_info(device)
+    left = f"{free / 1e9:.1f} GB of {whole / 1e9:.1f} are free on {device}"
+    if memory.peak <= free:
+        return [f"  {left}; CUDA takes about 1 GB of them for itself"]
+    return [f"  warning: this is more than there is, {left}"]
 
 
 def data_rows(

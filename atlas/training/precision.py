@@ -21,6 +21,8 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise `ConfigError` where `device` cannot compute in `precision`."""
+    if precision == "fp32":
+        return
     capable = device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 8
     if precision == "bf16" and not capable:
         raise ConfigError(

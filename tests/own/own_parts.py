@@ -80,6 +80,15 @@ class Net(nn.Module):
         return {"loss": error.square().mean(), "mae": error.abs().mean()}
 
 
+class Choosy(Net):
+    """A model that looks at its numbers before it goes on."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if batch["x"].abs().sum().item() < 0:
+            raise ValueError("less than nothing")
+        return super().forward(batch)
+
+
 class Moody(Net):
     """A model whose loss depends on what no seed reaches."""
 
