@@ -382,13 +382,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.update(kept)
 
 
-def test_vggt_without_weights_needs_no_download(package: Any) -> None:
-    with pretrained.without_weights():
-        assert vggt(None, path="nobody/vggt").width == 8  # of the published sizes
-    with pytest.raises(ConfigError, match="hf download nobody/vggt"):
-        vggt(None, path="nobody/vggt")
-
-
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_vggt_from_a_checkpoint(tmp_path: Path, package: Any, name: str, whole: bool) -> None:
@@ -408,6 +401,13 @@ def test_vggt_from_a_checkpoint(tmp_path: Path, package: Any, name: str, whole: 
         hollow = vggt(None, path=str(tmp_path))
     assert hollow.width == 12
     assert not torch.equal(hollow.aggregator.embed.weight, source.embed.weight)
+
+
+def test_vggt_without_weights_needs_no_download(package: Any) -> None:
+    with pretrained.without_weights():
+        assert vggt(None, path="nobody/vggt").width == 8  # of the published sizes
+    with pytest.raises(ConfigError, match="hf download nobody/vggt"):
+        vggt(None, path="nobody/vggt")
 
 
 def test_wrong_vggt(tmp_path: Path, package: Any) -> None:
