@@ -218,7 +218,9 @@ def test_what_a_gpu_has_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_tells_it_and_writes_nothing(tmp_path: Path) -> None:
-    said = train(*quick(tmp_path / "new", "dry_run=true", "cluster.device=cpu")).stdout
+    asked = ("dry_run=true", "cluster.device=cpu", "cluster.sharding=fsdp2")
+    said = train(*quick(tmp_path / "new", *asked)).stdout
+    assert "fsdp2: one rank holds everything" in said
     assert "memory per GPU, estimated: weights 0.00 MB + gradients" in said
     assert "weights: trained float32" in said
     assert not (tmp_path / "new").exists()
