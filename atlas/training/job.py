@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 class NullTracker:
     """What ranks other than 0 record: nothing."""
 
+    def resume(self, step: int) -> None:
+        pass
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
@@ -53,6 +56,9 @@ class NullTracker:
     def warning(self) -> str | None:
         return None
 
+    def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
+        return None
+
 
 def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
     """Train `run` as the rank that the environment says; rank 0 holds the `lock`."""
@@ -61,78 +67,83 @@ def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
     world = distributed.init(config["cluster"]["device"])
     try:
         parts = build(config, world.size, world.device)
-        for data in (parts.train, parts.val):
-            if data is not None and hasattr(data, "prepare"):
-                data.prepare()  # what takes long and is shared, before workers and steps
         checkpoints = Checkpoints(run.checkpoints, int(config["trainer"]["keep"]))
-        if world.is_main:
-            checkpoints.repair()
-        world.barrier()
-        decay = config["trainer"]["ema"]
-        state, ema = restore(config, parts, checkpoints, decay)
-        features.attach(config, parts, world.device)  # of the weights that are there now
-        if world.is_main:
-            checkpoints.point_best(state.best["step"] if state.best else None)
-            checkpoints.save_frozen(frozen_state(parts.model))
-        if is_sharded(config, world.size):
-            again = functools.partial(arrange, config, parts.model, world.size, world.device)
-            ema = shard(parts, ema, world, again)
-        return fit(run, lock, stop, config, world, parts, checkpoints, state, ema)
+        state, ema = begin(config, world, parts, checkpoints)
+        trainer = functools.partial(
+            Trainer,
+            config,
+            parts,
+            world,
+            stream=open_stream(config, parts.train, world),
+            checkpoints=checkpoints,
+            stop=stop,
+            state=state,
+            ema=ema,
+        )
+        tracker = Tracker(run, lock, config) if lock else NullTracker()
+        return fit(tracker, config, world, state, trainer)
     finally:
         distributed.finish()
 
 
+def begin(
+    config: Mapping[str, Any], world: World, parts: Parts, checkpoints: Checkpoints
+) -> tuple[TrainState, Ema | None]:
+    """What has to come before the first update, in the order that it has to come in."""
+    for data in (parts.train, parts.val):
+        if data is not None and hasattr(data, "prepare"):
+            data.prepare()  # what takes long and is shared, before workers and steps
+    if world.is_main:
+        checkpoints.repair()
+    world.barrier()
+    state, ema = restore(config, parts, checkpoints, config["trainer"]["ema"])
+    features.attach(config, parts, world.device)  # of the weights that are there now
+    if world.is_main:
+        checkpoints.point_best(state.best["step"] if state.best else None)
+        checkpoints.save_frozen(frozen_state(parts.model))
+    if is_sharded(config, world.size):
+        again = functools.partial(arrange, config, parts.model, world.size, world.device)
+        ema = shard(parts, ema, world, again)
+    return state, ema
+
+
 def fit(
-    run: Run,
-    lock: Lock | None,
-    stop: Stop,
+    tracker: Tracker | NullTracker,
     config: Mapping[str, Any],
     world: World,
-    parts: Parts,
-    checkpoints: Checkpoints,
     state: TrainState,
-    ema: Ema | None,
+    trainer: Callable[..., Trainer],
 ) -> Outcome:
-    """Train from `state` on, and record how it ended."""
-    tracker = Tracker(run, lock, config) if lock else NullTracker()
-    trainer = config["trainer"]
-    progress = open_progress(trainer["progress"], world.is_main, int(trainer["steps"]), state.step)
+    """Train from `state` on, and record how it ended; `trainer` lacks only what it reports to."""
+    show, steps = config["trainer"]["progress"], int(config["trainer"]["steps"])
+    progress = open_progress(show, world.is_main, steps, state.step)
     try:
-        if isinstance(tracker, Tracker):
-            tracker.resume(state.step)
-        outcome = Trainer(
-            config,
-            parts,
-            world,
-            stream=TrainStream(
-                parts.train,
-                seed=int(config["seed"]),
-                batch_size=int(config["data"]["batch_size"]),
-                accumulate=int(trainer["accumulate"]),
-                workers=int(config["data"]["workers"]),
-                world=world,
-                on_bad=on_bad(config),
-            ),
-            checkpoints=checkpoints,
-            tracker=tracker,
-            progress=progress,
-            stop=stop,
-            state=state,
-            ema=ema,
-        ).fit()
+        tracker.resume(state.step)
+        outcome = trainer(tracker=tracker, progress=progress).fit()
     except BaseException as error:
         at_step(error, state.step)
         progress.close()
-        if isinstance(tracker, Tracker):
-            with contextlib.suppress(OSError, AtlasError):  # a full disk: `error` tells of it
-                tracker.close(*failure(error))
+        with contextlib.suppress(OSError, AtlasError):  # a full disk: `error` tells of it
+            tracker.close(*failure(error))
         raise
     progress.close()
-    if isinstance(tracker, Tracker):
-        left = tracker.close(outcome.state, outcome.reason, step=state.step, best=state.best)
-        if left:
-            print(f"warning: {left}")
+    left = tracker.close(outcome.state, outcome.reason, step=state.step, best=state.best)
+    if left:
+        print(f"warning: {left}")
     return outcome
+
+
+def open_stream(config: Mapping[str, Any], data: Any, world: World) -> TrainStream:
+    """What the updates of this rank are fed with."""
+    return TrainStream(
+        data,
+        seed=int(config["seed"]),
+        batch_size=int(config["data"]["batch_size"]),
+        accumulate=int(config["trainer"]["accumulate"]),
+        workers=int(config["data"]["workers"]),
+        world=world,
+        on_bad=on_bad(config),
+    )
 
 
 def restore(
