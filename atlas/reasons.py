@@ -18,6 +18,7 @@ from atlas.run import Run
 
 # What can end a run, as `kind` in `logs/failure.json` and the first words of the status's reason.
 STOPPED = "stopped"
+PREEMPTED = "preempted"
 CRASH = "crash"
 NAN = "NaN"
 MEMORY = "out of memory"
@@ -53,10 +54,10 @@ def failure(error: BaseException) -> tuple[str, str]:
 def may_retry(kind: str, advanced: bool) -> bool:
     """Whether a failure of this kind may be tried again without a person's doing.
 
-    A crash only if a checkpoint has `advanced` since the attempt began: what breaks at the same
-    place again is no accident. What is not finite or too large would be so again.
+    A preemption always. A crash only if a checkpoint has `advanced` since the attempt began: what
+    breaks at the same place again is no accident. What is not finite or too large would be so again.
     """
-    return kind == CRASH and advanced
+    return kind == PREEMPTED or (kind == CRASH and advanced)
 
 
 def message(error: BaseException) -> str:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from atlas.data.arrays import open_array
 from atlas.data.lerobot import LeRobot
 from atlas.data.video import FrameCache, Video
-from atlas.training.stream import loader
+from atlas.training.workers import answers
 
 BATCH = 8
 EPISODES, FRAMES, FPS = 8, 120, 30  # of the generated folder
@@ -120,12 +120,12 @@ def read(
     source, requests = Batches(data), list(order(len(data), batches))
     open_array.cache_clear()
     source[np.arange(min(64, len(data)))]  # maps are opened
-    answers: Any = map(source.__getitem__, requests)
+    answered: Any = map(source.__getitem__, requests)
     if workers:
-        answers = iter(loader(source, requests, workers, torch.device("cpu")))
-        next(answers)  # the workers have started
+        answered = answers(source, lambda: requests, workers, torch.device("cpu"))
+        next(answered)  # the workers have read what they need once
     count, began = 0, time.perf_counter()
-    for images in answers:
+    for images in answered:
         count += images.shape[0] * images.shape[1]
     return count / (time.perf_counter() - began)
 

@@ -16,47 +16,68 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atlas.errors import AtlasError
 from atlas.lock import guarded, job_id, replace
-from atlas.reasons import CRASH, MEMORY, may_retry, summary
+from atlas.reasons import CRASH, MEMORY, PREEMPTED, may_retry, summary
 from atlas.run import Run
-from launchers.squeue import QUERY_S, sentence
+from launchers.squeue import QUERY_S, job_state, sentence
 
 # How gloo and NCCL say that another rank is gone.
 PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process", "watchdog")
-SYNC_S = 300.0  # to tell MLflow the reason
 
 
-def note_attempt(run: Run, folder: Path) -> None:
-    """Rank 0's first act: which run this job trains, and how far it was saved before."""
-    replace(_attempt_file(folder), json.dumps({"run": str(run.path), "saved": run.saved}))
+def note_attempt(run: Run, folder: Path, job: str, attempt: int) -> None:
+    """Which run a job trains, and how far that was saved before this attempt of it (from 0)."""
+    note = {"run": str(run.path), "attempt": attempt, "saved": run.saved}
+    replace(_note_file(folder, job), json.dumps(note))
 
 
-def trap(python: str, folder: Path) -> str:
-    """The line of a batch script that has this module run where the ranks have failed.
+def attempt() -> int:
+    """How often Slurm has requeued this job."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
-    Not where they have finished (0) or were stopped (75): rank 0 has seen to that.
+
+def wrapper(python: str, folder: Path) -> str:
+    """The line of a batch script that has this module run where srun tells of a failure.
+
+    Not where the ranks have finished (0) or were stopped (75): rank 0 has seen to that. A function by
+    srun's name, since a shell has one trap for its end, and that is the person's own.
     """
     command = shlex.join([python, "-m", "launchers.epilog", str(folder)])
-    # A function, since a path in quotes cannot stand within a trap's.
-    return f"atlas_epilog() {{ case $1 in 0|75) ;; *) {command} ;; esac; exit $1; }}; trap 'atlas_epilog $?' EXIT"
+    return (
+        'srun() { command srun "$@"; local code=$?; '
+        f"case $code in 0|75) ;; *) {command} ;; esac; return $code; }}"
+    )
 
 
 def main(folder: Path) -> None:
     """Record why the ranks of this job have failed, and requeue the job where that may help."""
-    try:
-        attempt = json.loads(_attempt_file(folder).read_text())
-    except FileNotFoundError:
-        return  # no rank got as far as Atlas; Slurm's own words are in the log
-    run = Run(attempt["run"])
+    job = str(job_id())
+    note = json.loads(_note_file(folder, job).read_text())
+    run = Run(note["run"])
     with guarded(run.path.parent):
-        if run.status.get("job_id") != job_id():
-            return  # sent again in the meantime: it is another job's
-        failure = first_failure(run, folder / f"{job_id()}_0_log.out")
-        print(summary(failure), flush=True)
-        again = may_retry(failure["kind"], run.saved > attempt["saved"])
-        settle(run, failure, again)
-    if not again:
-        tell_mlflow(run)
+        if run.status.get("job_id") != job or note["attempt"] > attempt():
+            return  # sent again, or requeued from a node that was lost: no longer ours to judge
+        failure = judge(run, folder / f"{job}_0_log.out")
+        if failure is None:
+            return
+        # Where rank 0 has not noted this attempt, none has got as far as a checkpoint.
+        advanced = note["attempt"] == attempt() and run.saved > note["saved"]
+        if may_retry(failure["kind"], advanced):
+            go_on(run, failure)
+            return
+        replace(run.failure_file, json.dumps(failure))
+        run.update_status(state=failure["state"], reason=in_words(failure))
+    tell_mlflow(run)
+    print(summary(failure), flush=True)
+
+
+def judge(run: Run, log: Path) -> dict[str, Any] | None:
+    """Why the ranks have failed; None where the run has come to a good end, or was stopped, before."""
+    state = run.status.get("state")
+    if state == "preempted":  # and saved; rank 0 was to requeue the job, and could not
+        return _record(run, PREEMPTED, "rank 0 ended before it had requeued the job", None)
+    return None if state in ("finished", "killed") else first_failure(run, log)
 
 
 def first_failure(run: Run, log: Path) -> dict[str, Any]:
@@ -75,31 +96,33 @@ def first_failure(run: Run, log: Path) -> dict[str, Any]:
     return _record(run, MEMORY if killed else CRASH, reason, told)
 
 
-def settle(run: Run, failure: Mapping[str, Any], again: bool) -> None:
-    """Leave the reason in the run's records, and requeue this job if it is to go on."""
-    replace(run.failure_file, json.dumps(failure))
+def in_words(failure: Mapping[str, Any]) -> str:
+    """The reason, with the rank if it was another than the one that a person reads first."""
     where = f"rank {failure['rank']} on {failure['host']}: " if failure["rank"] else ""
-    reason = f"{where}{failure['reason']}"
-    if not again:
-        run.update_status(state="failed", reason=reason)
-        return
-    restarts = int(run.status.get("restarts", 0)) + 1
-    told = f"{reason}; {run.saved} updates are saved, so the job is back in the queue"
-    run.update_status(state="queued", reason=told, restarts=restarts)
+    return f"{where}{failure['reason']}"
+
+
+def go_on(run: Run, failure: Mapping[str, Any]) -> None:
+    """Requeue this job, which ends it here."""
+    run.failure_file.unlink(missing_ok=True)  # it is the next attempt's
+    restarts = int(run.status.get("restarts", 0))
+    told = f"{in_words(failure)}; {run.saved} updates are saved, so the job is back in the queue"
+    run.update_status(state="queued", reason=told, restarts=restarts + 1)
     print(told, flush=True)
     if refused := _requeue():
-        told = f"{reason}; scontrol requeue failed ({refused}), the same command goes on"
-        run.update_status(state="failed", reason=told, restarts=restarts - 1)
+        told = f"{in_words(failure)}; scontrol requeue failed ({refused}), the same command goes on"
+        run.update_status(state="failed", reason=told, restarts=restarts)
         print(told, flush=True)
 
 
 def tell_mlflow(run: Run) -> None:
     """Send the reason after the metrics: rank 0 has sent these with what it saw itself, if at all."""
-    if run.config["tracking"]["kind"] == "none":
+    tracking = run.config["tracking"]
+    if tracking["kind"] == "none":
         return
     command = [sys.executable, "-m", "atlas.cli", "sync", str(run.path)]
     try:
-        subprocess.run(command, timeout=SYNC_S, stdin=subprocess.DEVNULL)
+        subprocess.run(command, timeout=float(tracking["wait_s"]), stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         print(f"MLflow could not be reached; later: atlas sync {run.path}", flush=True)
 
@@ -134,11 +157,21 @@ def _requeue() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
-    return sentence(done.stderr) or f"exit code {done.returncode}" if done.returncode else None
+    if done.returncode <= 0 or _is_requeued():  # below 0: ended with this job
+        return None
+    return sentence(done.stderr) or f"exit code {done.returncode}"
 
 
-def _attempt_file(folder: Path) -> Path:
-    return folder / f"{job_id()}_attempt.json"
+def _is_requeued() -> bool:
+    """Whether Slurm has put this job back by itself, as it does for a lost node."""
+    try:
+        return job_state(str(job_id())) in ("PENDING", "COMPLETING", "REQUEUED")
+    except AtlasError:
+        return False
+
+
+def _note_file(folder: Path, job: str) -> Path:
+    return folder / f"{job}_attempt.json"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from atlas.errors import (
     RunBusyError,
     nearest,
 )
-from atlas.lock import guarded
+from atlas.lock import guarded, job_id
 from atlas.plan import summary
 from atlas.run import ROOT, Run
 from launchers import epilog
@@ -190,6 +190,7 @@ class SlurmLauncher(Launcher):
             jobs = self._sbatch(runs, folder)
             for run, job in zip(runs, jobs, strict=True):
                 _mark_queued(run, job)
+                epilog.note_attempt(run, folder, job, attempt=0)
         return [SlurmHandle(run, job, folder, jobs) for run, job in zip(runs, jobs, strict=True)]
 
     def _sbatch(self, runs: Sequence[Run], folder: Path) -> list[str]:
@@ -249,7 +250,7 @@ class SlurmLauncher(Launcher):
             "export SUBMITIT_PREEMPT_SIGNAL=USR2",
             # This clone, and not what happens to lie in the working directory.
             f'export PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1',
-            epilog.trap(sys.executable, folder),
+            epilog.wrapper(sys.executable, folder),
         ]
 
     def _srun_arguments(self) -> list[str]:
@@ -389,7 +390,7 @@ class Task:
         os.environ.update(rank_environment())
         run, rank = Run(self.path), int(os.environ["RANK"])
         if handler and rank == 0:
-            epilog.note_attempt(run, handler._job_paths.folder)
+            epilog.note_attempt(run, handler._job_paths.folder, str(job_id()), epilog.attempt())
         code = worker.main(self.path)
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # all is saved, nothing is left to be asked for
@@ -495,6 +496,7 @@ def _job_of(run: Run, jobs: Mapping[str, tuple[str, str]]) -> str | None:
 def _mark_queued(run: Run, job_id: str) -> None:
     before = run.status
     again = before.get("state") not in (None, "queued")
+    run.failure_file.unlink(missing_ok=True)  # of an earlier job
     run.update_status(
         state="queued",
         reason=None,

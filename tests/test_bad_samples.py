@@ -22,7 +22,8 @@ from commands import (
 
 from atlas.errors import BadSampleError
 from atlas.training.distributed import World
-from atlas.training.stream import Fetcher, TrainStream, ValidationStream, ending
+from atlas.training.stream import Fetcher, TrainStream, ValidationStream
+from atlas.training.workers import ending
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 HOLES = (

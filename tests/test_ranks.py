@@ -161,6 +161,16 @@ def test_killed_and_resumed_under_torchrun(tmp_path, ranks):
     assert same(weights(run), weights(twin))
 
 
+def test_a_model_may_change_its_batch_in_place(tmp_path):
+    """Ranks get ready with the batch that they are then trained on."""
+    greedy = ("model._target_=own_parts.Greedy", "model.dropout=0", "cluster.device=cpu")
+    train(*quick(tmp_path / "one", *greedy))
+    two = ("cluster.nproc_per_node=2", "data.batch_size=2")
+    train(*quick(tmp_path / "two", *greedy, *two))
+    one, both = (points(only_run(tmp_path / name)) for name in ("one", "two"))
+    assert one[0, "train/loss"] == pytest.approx(both[0, "train/loss"], rel=1e-5)
+
+
 def test_stopped_ranks_agree_on_the_step(tmp_path):
     arguments = quick(
         tmp_path, "cluster.device=cpu", "cluster.nproc_per_node=2", "model.pause=0.03"

@@ -52,10 +52,17 @@ def test_kinds(error, kind, state):
     )
 
 
-@pytest.mark.parametrize("kind", [reasons.CRASH, reasons.NAN, reasons.MEMORY, reasons.CONFIG])
-@pytest.mark.parametrize("advanced", [True, False])
-def test_what_may_be_tried_again(kind, advanced):
-    assert reasons.may_retry(kind, advanced) == (kind == "crash" and advanced)
+@pytest.mark.parametrize(
+    "kind, advanced, allowed",
+    [
+        (reasons.PREEMPTED, False, True),
+        (reasons.CRASH, True, True),
+        (reasons.CRASH, False, False),
+        *((kind, True, False) for kind in (reasons.NAN, reasons.MEMORY, reasons.CONFIG)),
+    ],
+)
+def test_what_may_be_tried_again(kind, advanced, allowed):
+    assert reasons.may_retry(kind, advanced) == allowed
 
 
 def test_a_data_workers_error_is_told_without_its_traceback():

@@ -70,6 +70,21 @@ def test_stopped_by_a_signal(tmp_path, undisturbed, number, state):
     assert_twins(run, undisturbed)
 
 
+def test_an_optimizer_draws_the_same_however_data_is_read(tmp_path):
+    """Samples seed the generators that it draws from, in this process or in another."""
+    runs = []
+    for workers in (0, 1):
+        noisy = ("optim=sgd", "optim.lr=0.01", "optim.optimizer._target_=own_parts.Noisy")
+        outputs = tmp_path / str(workers)
+        train(*quick(outputs, *noisy, f"data.workers={workers}", "trainer.save_interval=7"))
+        runs.append(only_run(outputs))
+    assert_twins(*runs)
+    shares = [
+        x["data_wait_share"] for x in lines(runs[0] / "metrics.jsonl") if "data_wait_share" in x
+    ]
+    assert shares and all(0 <= share <= 1 for share in shares)
+
+
 def test_finished_run_is_not_run_again(tmp_path, undisturbed):
     outputs = undisturbed.parent.parent
     before = status(undisturbed)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,12 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from atlas.errors import ConfigError
+from atlas.training import workers
 from atlas.training.distributed import World
 from atlas.training.stream import Fetcher, Order, TrainStream, ValidationStream, check_dataset
 
 CPU = torch.device("cpu")
+ALONE = World(0, 0, 1, CPU)
 
 
 class Augmented(Dataset[dict[str, Any]]):
@@ -52,6 +57,39 @@ class Whole:
 class WholeUnseeded(Whole):
     def batch(self, ids: Any) -> dict[str, Any]:  # type: ignore[override]
         return {"ids": list(ids)}
+
+
+class StuckOnce:
+    """Has the first child that is forked while `flag` is there wait for ever, in the fork."""
+
+    flag: Path | None = None
+
+    @classmethod
+    def after_fork(cls) -> None:
+        if cls.flag and cls.flag.exists():
+            cls.flag.unlink()
+            time.sleep(1000)
+
+
+os.register_at_fork(after_in_child=StuckOnce.after_fork)
+
+
+def test_a_data_worker_that_does_not_start_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a child of a process with threads is stuck now and then, before Python 3.12."""
+    flag = tmp_path / "flag"
+    monkeypatch.setattr(StuckOnce, "flag", flag)
+    monkeypatch.setattr(workers, "START_S", 1.0)
+    found = []
+    stream = TrainStream(Augmented(), seed=1, batch_size=4, accumulate=1, workers=2, world=ALONE)
+    for stuck in (False, True):
+        if stuck:
+            flag.touch()
+        with workers.ending(stream.iterate(0, 6)) as batches:
+            found.append([batch["noise"] for _, batch in batches])
+        assert ("did not start" in caplog.text) == stuck and not flag.exists()
+    assert len(found[1]) == 6 and all(map(torch.equal, *found))
 
 
 class Numbers(IterableDataset[int]):

@@ -24,10 +24,9 @@ class ReadAhead:
         self._held: list[Batch] = []
         self._error: Exception | None = None
         self.replaced = 0  # bad samples of this rank in the update that was read
-        self.waited = 0.0  # seconds, since they were last taken
 
-    def read(self, step: int, batches: Iterator[Any]) -> None:
-        """Read update `step`, from an iterator of its (ids, batch) pairs.
+    def read(self, step: int, batches: Iterator[Any]) -> float:
+        """Read update `step`, from an iterator of its (ids, batch) pairs; the seconds that it took.
 
         What cannot be read is raised by `take`, so that the update before is finished first.
         """
@@ -43,7 +42,7 @@ class ReadAhead:
             pass  # the agreement ends the run before this update
         except Exception as error:
             self._error = error
-        self.waited += time.perf_counter() - began
+        return time.perf_counter() - began
 
     def first(self) -> Batch:
         """The first micro-batch, which stays to be taken."""
@@ -57,8 +56,3 @@ class ReadAhead:
             raise self._error
         held, self._held = self._held, []
         return held
-
-    def take_waited(self) -> float:
-        """Seconds waited for data since this was last asked."""
-        waited, self.waited = self.waited, 0.0
-        return waited

@@ -50,6 +50,10 @@ class StepSeeds:
         """Before micro-batch `micro` of update `step`."""
         self._set(mix(self._seed, 2, step, micro, self._rank))
 
+    def update(self, step: int) -> None:
+        """Before the optimizer's part of update `step`, the same on every rank."""
+        self._set(mix(self._seed, 5, step))
+
     def validation(self, chunk: int) -> None:
         """Before chunk `chunk` of a validation, the same in every validation."""
         self._set(mix(self._seed, 3, chunk))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import random
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from atlas.errors import ConfigError
-from atlas.leash import die_with_parent
 from atlas.training import bad
 from atlas.training.distributed import World
 from atlas.training.randomness import mix, sample_seeds
+from atlas.training.workers import answers
 
 Ids = npt.NDArray[np.int64]
 Batch = Any
@@ -174,10 +172,16 @@ class TrainStream:
 
     def iterate(self, start: int, steps: int) -> Iterator[tuple[Ids, Batch]]:
         """From update `start` on; read ahead in worker processes where there are any."""
-        requests = ((s, m) for s in range(start, steps) for m in range(self._accumulate))
+
+        def requests() -> Iterable[tuple[int, int]]:
+            return ((s, m) for s in range(start, steps) for m in range(self._accumulate))
+
         if self._workers == 0:
-            return map(self.__getitem__, requests)
-        return iter(loader(self, requests, self._workers, self._world.device))
+            return map(self.__getitem__, requests())
+        batches: Iterator[tuple[Ids, Batch]] = answers(
+            self, requests, self._workers, self._world.device
+        )
+        return batches
 
 
 class ValidationStream:
@@ -212,7 +216,10 @@ class ValidationStream:
         """(chunk number, samples in it, batch) of this rank."""
         if self._workers == 0:
             return map(self.__getitem__, self._chunks)
-        return iter(loader(self, self._chunks, self._workers, self._device))
+        batches: Iterator[tuple[int, int, Batch]] = answers(
+            self, lambda: self._chunks, self._workers, self._device
+        )
+        return batches
 
 
 def on_bad(config: Mapping[str, Any]) -> str:
@@ -222,40 +229,6 @@ def on_bad(config: Mapping[str, Any]) -> str:
 
 def _arguments(function: Callable[..., Any]) -> int:
     return len(inspect.signature(function).parameters)
-
-
-def loader(source: Any, requests: Iterable[Any], workers: int, device: torch.device) -> Any:
-    """Answer `requests` to `source` in order, read ahead by `workers` processes."""
-    return DataLoader(
-        source,
-        sampler=requests,  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_quiet,
-        # Forked workers share the data set's memory, and it need not be picklable.
-        multiprocessing_context="fork",
-    )
-
-
-@contextlib.contextmanager
-def ending(batches: Iterator[T]) -> Iterator[Iterator[T]]:
-    """A context at whose end the data workers are gone.
-
-    They ignore SIGTERM, which is how Python would end them at its exit: while a traceback holds the
-    iterator, the process would wait for them for ever.
-    """
-    try:
-        yield batches
-    finally:
-        if getattr(batches, "_worker_pids_set", False):
-            at_work: Any = batches
-            torch._C._remove_worker_pids(id(at_work))  # or torch calls their end an error
-            at_work._worker_pids_set = False
-            for worker in at_work._workers:
-                worker.kill()
-            at_work._shutdown_workers()
 
 
 def check_dataset(dataset: Any, key: str) -> None:
@@ -280,11 +253,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, tuple | list):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
-
-
-def _quiet(_: int) -> None:
-    """Slurm and a terminal signal every process; a data worker that died would lose the save."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    die_with_parent()
-    torch.set_num_threads(1)

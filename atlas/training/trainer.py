@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,8 +24,9 @@ from atlas.training.meters import Pending, Window
 from atlas.training.precision import autocast
 from atlas.training.randomness import StepSeeds
 from atlas.training.sharding import replicated
-from atlas.training.stream import TrainStream, ending, on_bad, to_device
+from atlas.training.stream import TrainStream, on_bad, to_device
 from atlas.training.validation import Interrupted, Validation
+from atlas.training.workers import ending
 
 
 class Recorder(Protocol):
@@ -130,6 +132,7 @@ class Trainer:
         if good is None:
             self._raise_if_bad()
         self._look_ahead(step + 1, batches)  # while the device is at work
+        self.seeds.update(step)  # samples seed the same generators
         self.optimizer.step(good)
         if self.ema:
             self.ema.update(step)
@@ -206,15 +209,16 @@ class Trainer:
         ended = None
         if requests.stop or self._validation_missing():
             ended = self._between_steps(requests)
-        if ended is None and self.state.step < self.steps:
-            batch = to_device(self.ahead.first(), self.world.device)
+        if ended is None and self.state.step < self.steps and self.world.size > 1:
+            # A copy: it is trained on after this, and a model may change its batch in place.
+            batch = to_device(copy.deepcopy(self.ahead.first()), self.world.device)
             self.replica.settle(batch, self.state.step, self.seeds, self.autocast)
         return ended
 
     def _look_ahead(self, step: int, batches: Iterator[Any]) -> None:
         """Read the data of update `step`, and ask what the ranks want to be done before it."""
         if step < self.steps:
-            self.ahead.read(step, batches)
+            self.window.waited += self.ahead.read(step, batches)
         self.agreement.start(self._requests())
 
     def _record(self, step: int, sums: Sums, norm: Any, replaced: int) -> None:
@@ -226,7 +230,6 @@ class Trainer:
         if not sums.detailed:
             return
         batch = self.stream.effective_batch
-        self.window.waited = self.ahead.take_waited()
         other = {
             **{f"lr/{name}": rate for name, rate in self.optimizer.rates(step).items()},
             **self.window.metrics(batch),

@@ -15,7 +15,8 @@ from atlas.stop import StopWaiting
 from atlas.training.distributed import World
 from atlas.training.gradient import scalars
 from atlas.training.randomness import StepSeeds
-from atlas.training.stream import ValidationStream, ending, to_device
+from atlas.training.stream import ValidationStream, to_device
+from atlas.training.workers import ending
 
 
 class Interrupted(Exception):

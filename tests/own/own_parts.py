@@ -89,6 +89,14 @@ class Choosy(Net):
         return super().forward(batch)
 
 
+class Greedy(Net):
+    """A model that changes its batch in place."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch["x"].mul_(0.5)
+        return super().forward(batch)
+
+
 class Moody(Net):
     """A model whose loss depends on what no seed reaches."""
 
@@ -129,6 +137,16 @@ class Tallied(torch.optim.AdamW):
         ):
             with open(os.environ["TALLY"], "ab") as tally:
                 tally.write(b".")
+
+
+class Noisy(torch.optim.SGD):
+    """Gradient descent with a random step beside it."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.add_(torch.randn_like(p), alpha=0.1 * group["lr"])
 
 
 def staircase(step: int, total: int, stairs: int) -> float:
