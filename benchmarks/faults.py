@@ -9,6 +9,7 @@ bit with a twin that nothing happened to. Prints the table of docs/reliability.m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -165,17 +166,26 @@ def _filled(folder: Path, disk: Path, times: int) -> Row:
         saved = victim.saved() if victim.outputs.exists() else 0
         victim.start()
         if victim.until(lambda: further(victim, saved)):  # noqa: B023
-            filler = disk / "filler"
-            room = shutil.disk_usage(disk).free
-            filler.write_bytes(b"x" * max(0, room - 4_000_000))
-            assert victim.process
-            row.tried += victim.process.wait(60) == 1
-            filler.unlink()
+            row.tried += fill_until_it_ends(victim, disk) == 1
         if victim.saved() >= steps:
             break
     victim.start(0)
     row.add(victim, twin)
     return row
+
+
+def fill_until_it_ends(victim: Victim, disk: Path) -> int | None:
+    """Leave too little for a checkpoint, also of what the removal of older ones sets free."""
+    filler = disk / "filler"
+    assert victim.process
+    while victim.process.poll() is None:
+        room = shutil.disk_usage(disk).free - 4_000_000
+        if room > 0:
+            with open(filler, "ab") as file, contextlib.suppress(OSError):
+                file.write(b"x" * room)
+        time.sleep(0.005)
+    filler.unlink()
+    return victim.process.poll()
 
 
 def damaged(folder: Path, times: int, chance: random.Random) -> Iterator[Row]:
