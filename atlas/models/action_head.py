@@ -37,8 +37,8 @@ def perceptron(width: int, hidden: int, out: int, dropout: float) -> nn.Sequenti
     )
 
 
-class ChunkHead(ActionHead):
-    """All `horizon` actions of a chunk at once, trained by L1."""
+class AtOnceHead(ActionHead):
+    """All numbers of a chunk from one perceptron."""
 
     def __init__(
         self, width: int, horizon: int, action_dim: int, hidden: int = 256, dropout: float = 0.0
@@ -46,6 +46,10 @@ class ChunkHead(ActionHead):
         super().__init__()
         self.shape = (horizon, action_dim)
         self.layers = perceptron(width, hidden, horizon * action_dim, dropout)
+
+
+class ChunkHead(AtOnceHead):
+    """All `horizon` actions of a chunk at once, trained by L1."""
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B, width]; returns [B, T, A]."""
@@ -60,7 +64,7 @@ class ChunkHead(ActionHead):
         return errors, {"l1": errors}
 
 
-class CategoricalHead(ActionHead):
+class CategoricalHead(AtOnceHead):
     """How likely each of `action_dim` discrete actions is, for every step of a chunk by itself.
 
     Trained by the cross-entropy, in nats. What it acts with are probabilities; whoever executes
@@ -68,13 +72,6 @@ class CategoricalHead(ActionHead):
     """
 
     discrete = True
-
-    def __init__(
-        self, width: int, horizon: int, action_dim: int, hidden: int = 256, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.shape = (horizon, action_dim)
-        self.layers = perceptron(width, hidden, horizon * action_dim, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B, width]; returns probabilities [B, T, A], float32."""
