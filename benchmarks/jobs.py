@@ -33,7 +33,7 @@ class Job(Victim):
     def __init__(self, outputs: Path, *overrides: str) -> None:
         super().__init__(outputs, *CLUSTER, "cluster.nproc_per_node=1", *overrides)
         self._job = ""
-        self._asked = 0.0
+        self._asked, self._over = 0.0, 0
         self.process: Any = self
 
     def start(self, code: int | None = None) -> int | None:
@@ -45,7 +45,7 @@ class Job(Victim):
         found = re.search(r"^job (\d+) is in", done.stdout, re.MULTILINE)
         if not found:
             raise SystemExit(f"{self.outputs}: not queued\n{done.stdout}{done.stderr}")
-        self._job = found[1]
+        self._job, self._over = found[1], 0
         return None
 
     def poll(self) -> int | None:
@@ -57,7 +57,9 @@ class Job(Victim):
             now = job_state(self._job)
         except AtlasError:
             return None
-        if now is not None and now not in ENDED:
+        # Seen twice: a job that its node has lost is over for a moment before it is requeued.
+        self._over = self._over + 1 if now is None or now in ENDED else 0
+        if self._over < 2:
             return None
         return 0 if Run(self.run).status["state"] == "finished" else 75
 
