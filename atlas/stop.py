@@ -31,9 +31,9 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._waiting = False
+        self._waiting = self._expired = False
         self._pid = os.getpid()
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -42,6 +42,8 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if signal.SIGALRM in self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -50,15 +52,26 @@ class Stop:
         """The request as a number that ranks can compare: 0 for none."""
         return CODES.index(self.signal)
 
+    def wait_no_longer_than(self, seconds: float) -> None:
+        """Have `wait` give up from so many seconds from now on."""
+        if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._expire)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
     def wait(self, get: Callable[[], T]) -> T:
         """`get()`, given up with `StopWaiting` as soon as a stop is asked for."""
         self._waiting = True
         try:
-            if self.signal:
+            if self.signal or self._expired:
                 raise StopWaiting
             return get()
         finally:
             self._waiting = False
+
+    def _expire(self, _number: int, _: FrameType | None) -> None:
+        self._expired = True
+        if self._waiting:
+            raise StopWaiting
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:

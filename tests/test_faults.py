@@ -186,6 +186,23 @@ def test_asked_to_stop_while_data_is_waited_for(
     assert_twins(run, twin)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_time_is_over_while_data_is_waited_for(
+    tmp_path: Path, request: pytest.FixtureRequest, split: str, ranks: int
+) -> None:
+    flag = tmp_path / "flag"
+    flag.touch()
+    stuck = (f"data.{split}._target_=own_parts.Stuck", f"+data.{split}.flag={flag}")
+    arguments = quick(tmp_path / "o", *stuck, *(TWO if ranks > 1 else ()))
+    train(*arguments, "trainer.max_time=0.1", code=75)
+    run = only_run(tmp_path / "o")
+    assert status(run)["state"] == "killed" and "max_time=0.1 min" in status(run)["reason"]
+    flag.unlink()
+    train(*arguments)
+    assert_twins(run, request.getfixturevalue("undisturbed" if ranks == 1 else "two_undisturbed"))
+
+
 def test_asked_to_stop_in_validation(tmp_path: Path, undisturbed: Path) -> None:
     arguments = quick(tmp_path, "+data.val.delay=0.1", "trainer.save_interval=5")
     process = start(*arguments)

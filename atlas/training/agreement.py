@@ -18,6 +18,11 @@ class Requests(NamedTuple):
     save: int = 0
     time_up: int = 0
 
+    @property
+    def end(self) -> bool:
+        """Whether the run is to be left."""
+        return bool(self.stop or self.time_up)
+
     def and_also(self, other: Requests) -> Requests:
         """Both: the maximum of each."""
         return Requests(*map(max, self, other))

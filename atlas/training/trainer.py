@@ -103,6 +103,9 @@ class Trainer:
         self._pending: Pending | None = None
         self._saved_step = state.step
         self._saved_at = self._began = time.monotonic()
+        if settings["max_time"] is not None:
+            # Only when `_time_up` says so too: a rank that gives up has to say why.
+            stop.wait_no_longer_than(60 * float(settings["max_time"]) + 0.05)
 
     def fit(self) -> Outcome:
         """Train to the last step, or until something asks to stop."""
@@ -207,7 +210,7 @@ class Trainer:
         self._look_ahead(self.state.step, batches)
         requests = self.agreement.read()
         ended = None
-        if requests.stop or self._validation_missing():
+        if requests.end or self._validation_missing():
             ended = self._between_steps(requests)
         if ended is None and self.state.step < self.steps and self.world.size > 1:
             # A copy: it is trained on after this, and a model may change its batch in place.
@@ -245,7 +248,7 @@ class Trainer:
     def _between_steps(self, requests: Requests) -> Outcome | None:
         """What follows an update: validate, journal, save, stop; each only where it is due."""
         improved = False
-        if self._validation_due() and not requests.stop:
+        if self._validation_due() and not requests.end:
             with contextlib.suppress(Interrupted):  # then it is validated after the restart
                 improved = self.validate()
             requests = requests.and_also(self.agreement.read())
@@ -255,19 +258,20 @@ class Trainer:
         return ended
 
     def _requests(self) -> Requests:
-        minutes, limit = self.settings["save_minutes"], self.settings["max_time"]
-        now = time.monotonic()
-        return Requests(
-            stop=self.stop.code,
-            save=int(minutes is not None and now - self._saved_at >= 60 * minutes),
-            time_up=int(limit is not None and now - self._began >= 60 * limit),
-        )
+        minutes = self.settings["save_minutes"]
+        save = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return Requests(stop=self.stop.code, save=int(save), time_up=self._time_up())
+
+    def _time_up(self) -> int:
+        limit = self.settings["max_time"]
+        return int(limit is not None and time.monotonic() - self._began >= 60 * limit)
 
     def _interrupted(self) -> bool:
         """Whether the ranks had agreed to stop a round of validation ago."""
         agreed = self.agreement.read()
-        self.agreement.start(Requests(stop=max(agreed.stop, self.stop.code)))
-        return bool(agreed.stop)
+        mine = Requests(stop=self.stop.code, time_up=self._time_up())
+        self.agreement.start(mine.and_also(agreed))
+        return agreed.end
 
     def _ended(self, requests: Requests) -> Outcome | None:
         patience = self.settings["patience"]
