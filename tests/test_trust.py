@@ -114,7 +114,7 @@ def test_the_option(monkeypatch, given, rest, prefixes):
 def test_a_strangers_run_is_used_only_when_trusted(tmp_path, monkeypatch):
     if os.geteuid() != 0:
         pytest.skip("giving a file to another user takes root")
-    arguments = quick(tmp_path, "trainer.steps=8", "model.pause=0.02", "trainer.max_time=0.001")
+    arguments = quick(tmp_path, "trainer.steps=8", "model.pause=0.02", "trainer.max_time=0.002")
     train(*arguments, code=75)
     run = only_run(tmp_path)
     os.chown(run / "config.yaml", STRANGER, STRANGER)
