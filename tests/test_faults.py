@@ -156,7 +156,15 @@ def two_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return only_run(outputs)
 
 
-@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 1), (2, 0), (2, 1)])
+@pytest.mark.parametrize(
+    "ranks, workers",
+    [
+        (1, 0),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        (2, 1),
+    ],
+)
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_asked_to_stop_while_data_is_waited_for(
     tmp_path: Path, request: pytest.FixtureRequest, split: str, ranks: int, workers: int
@@ -186,7 +194,7 @@ def test_asked_to_stop_while_data_is_waited_for(
     assert_twins(run, twin)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_time_is_over_while_data_is_waited_for(
     tmp_path: Path, request: pytest.FixtureRequest, split: str, ranks: int

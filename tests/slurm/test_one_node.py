@@ -242,7 +242,9 @@ def faulty(outputs, how, rank, after):
     return submit(outputs, *data, *more, PYTHONPATH=str(Path(__file__).parent))
 
 
-@pytest.mark.parametrize("how, rank", [("raise", 1), ("SIGSEGV", 0)])
+@pytest.mark.parametrize(
+    "how, rank", [pytest.param("raise", 1, marks=pytest.mark.slow), ("SIGSEGV", 0)]
+)
 def test_a_crash_is_tried_again_where_a_checkpoint_has_advanced(tmp_path, undisturbed, how, rank):
     run, job = faulty(tmp_path, how, rank, [100])
     finished(run, job)
