@@ -237,7 +237,13 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("left", [2_000_000, 0], ids=["no room for the save", "no room at all"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param(2_000_000, id="no room for the save"),
+        pytest.param(0, id="no room at all", marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk(tmp_path: Path, undisturbed: Path, left: int) -> None:
     with small_disk(tmp_path / "disk", 64) as disk:
         arguments = quick(disk, *HEAVY, "model.pause=0.1")

@@ -89,7 +89,9 @@ def test_eight_ranks_agree_under_every_launcher(tmp_path):
     assert torch.linalg.norm(alone - eight) < 1e-3 * torch.linalg.norm(alone)
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(many, marks=pytest.mark.slow) for many in (4, 8))]
+)
 def test_killed_and_resumed(tmp_path, ranks):
     many = ("cluster.device=cpu", f"cluster.nproc_per_node={ranks}", "data.batch_size=2")
     train(*quick(tmp_path / "twin", *many))

@@ -256,7 +256,8 @@ def test_a_crash_is_tried_again_where_a_checkpoint_has_advanced(tmp_path, undist
 @pytest.mark.parametrize(
     "how, rank, after, restarts, kind",
     [
-        ("raise", 1, [100, 4], "1", "crash"),  # the second attempt gets nowhere
+        # The second attempt gets nowhere.
+        pytest.param("raise", 1, [100, 4], "1", "crash", marks=pytest.mark.slow),
         pytest.param("SIGKILL", 1, [100], "0", "out of memory", marks=pytest.mark.slow),
         pytest.param("SIGKILL", 0, [100], "0", "out of memory", marks=pytest.mark.slow),
         pytest.param("infinite", 1, [100], "0", "NaN", marks=pytest.mark.slow),
@@ -295,6 +296,7 @@ def test_submitted_from_inside_a_job(tmp_path):
     assert status(run)["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_without_accounting(tmp_path):
     shims = tmp_path / "shims"
     shims.mkdir()
