@@ -129,8 +129,8 @@ def tell_mlflow(run: Run) -> None:
 
 def _srun_says(log: Path) -> str | None:
     """srun's word on the first task that ended badly in this attempt, as `n1: task 1: Killed`."""
-    attempt = log.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
-    found = re.search(r"^srun: error: (\S+: tasks? .*)$", attempt, re.MULTILINE)
+    latest = log.read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
+    found = re.search(r"^srun: error: (\S+: tasks? .*)$", latest, re.MULTILINE)
     return found and found[1]
 
 
