@@ -241,7 +241,7 @@ def test_nothing_is_left_running(tmp_path, victim, ranks):
         assert process.returncode == 1, said
         assert status(run)["state"] == "failed" and status(run)["reason"], status(run)
         assert said.count("Traceback") <= 1, said
-    train(*arguments, "trainer.max_time=0.03", code=75)
+    train(*arguments, "trainer.max_time=0.1", code=75)
     assert status(run)["step"] > 5
 
 

@@ -152,7 +152,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path):
 
 
 def test_max_time_saves_and_stops(tmp_path):
-    done = train(*quick(tmp_path, "model.pause=0.05", "trainer.max_time=0.01"), code=75)
+    done = train(*quick(tmp_path, "model.pause=0.2", "trainer.max_time=0.03"), code=75)
     run = only_run(tmp_path)
     assert status(run)["reason"].startswith("trainer.max_time") and "is killed" in done.stdout
     assert 0 < status(run)["step"] < 24

@@ -16,7 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from commands import OWN, ROOT, only_run, quick, same, status, train, wait_for_step, weights
+from commands import (
+    OWN,
+    ROOT,
+    kill,
+    only_run,
+    quick,
+    same,
+    start,
+    status,
+    train,
+    wait_for_step,
+    weights,
+)
 from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -201,13 +213,13 @@ def test_gone_on_with_at_another_size(folder: Path, tmp_path: Path) -> None:
     more = ("model=stack", "cluster.device=cpu", "cluster.nproc_per_node=2")
     more = (*more, "model.dropout=0", "model.by_batch=false")  # or the cut would matter
     train(*quick(tmp_path / "twin", *more))
-    arguments = quick(tmp_path / "cut", *more, "cluster.sharding=fsdp2")
-    train(*arguments, "trainer.max_time=0.00001", code=75)
-    run = only_run(tmp_path / "cut")
-    assert 0 < status(run)["step"] < 24
+    slow = ("+data.train.delay=0.05", "trainer.save_interval=3")
+    process = start(*quick(tmp_path / "cut", *more, *slow, "cluster.sharding=fsdp2"))
+    run = wait_for_step(tmp_path / "cut", 3)
+    said = kill(process, signal.SIGTERM)
+    assert process.returncode == 75 and 3 <= status(run)["step"] < 24, said
     train(f"--config-dir={OWN}", f"outputs={tmp_path / 'cut'}", f"resume={run.name}",
-          "cluster.device=cpu", "cluster.nproc_per_node=4", "cluster.sharding=fsdp2",
-          "trainer.max_time=null")  # fmt: skip
+          "cluster.device=cpu", "cluster.nproc_per_node=4", "cluster.sharding=fsdp2")  # fmt: skip
     assert close(weights(run), weights(only_run(tmp_path / "twin")))
 
 
