@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from atlas.reasons import CRASH, MEMORY, PREEMPTED, may_retry, summary
 from atlas.run import Run
 from launchers.squeue import QUERY_S, job_state, sentence
 
+# How long the submitter may take for the notes on all runs of an array.
+NOTE_S = 60.0
 # How gloo and NCCL say that another rank is gone.
 PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process", "watchdog")
 
@@ -53,7 +56,10 @@ def wrapper(python: str, folder: Path) -> str:
 def main(folder: Path) -> None:
     """Record why the ranks of this job have failed, and requeue the job where that may help."""
     job = str(job_id())
-    note = json.loads(_note_file(folder, job).read_text())
+    note = _read_note(_note_file(folder, job))
+    if note is None:
+        print(f"no run is known for job {job}; the same command goes on", flush=True)
+        return
     run = Run(note["run"])
     with guarded(run.path.parent):
         if run.status.get("job_id") != job or note["attempt"] > attempt():
@@ -75,8 +81,9 @@ def main(folder: Path) -> None:
 def judge(run: Run, log: Path) -> dict[str, Any] | None:
     """Why the ranks have failed; None where the run has come to a good end, or was stopped, before."""
     state = run.status.get("state")
-    if state == "preempted":  # and saved; rank 0 was to requeue the job, and could not
-        return _record(run, PREEMPTED, "rank 0 ended before it had requeued the job", None)
+    if state == "preempted":  # and saved; it was for rank 0 to requeue the job
+        words = "rank 0 ended before it had requeued the job"
+        return None if _is_requeued() else _record(run, PREEMPTED, words, None)
     return None if state in ("finished", "killed") else first_failure(run, log)
 
 
@@ -168,6 +175,16 @@ def _is_requeued() -> bool:
         return job_state(str(job_id())) in ("PENDING", "COMPLETING", "REQUEUED")
     except AtlasError:
         return False
+
+
+def _read_note(file: Path) -> Any:
+    """What `note_attempt` wrote, None where nobody has: the ranks can fail before the submitter has."""
+    deadline = time.monotonic() + NOTE_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.2)
+    return json.loads(file.read_text())
 
 
 def _note_file(folder: Path, job: str) -> Path:

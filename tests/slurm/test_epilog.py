@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shims, told = tmp_path / "shims", tmp_path / "told"
     shims.mkdir()
     (shims / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {told}\nexit ${{REFUSED:-0}}\n')
-    (shims / "squeue").write_text("#!/bin/sh\n")
+    (shims / "squeue").write_text(f'#!/bin/sh\n[ -z "$STATE" ] || echo "{JOB}|$STATE|x"\n')
     for program in shims.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(shims), prepend=":")
@@ -93,6 +94,28 @@ def test_a_requeue_that_is_refused(tmp_path, slurm, monkeypatch):
     epilog.main(run.path)
     assert run.status["state"] == "failed" and run.status["restarts"] == 1
     assert "scontrol requeue failed" in run.status["reason"]
+
+
+def test_a_preempted_run_that_rank_0_has_requeued(tmp_path, slurm, monkeypatch):
+    monkeypatch.setenv("STATE", "COMPLETING")
+    run = failed_job(tmp_path, "preempted", 8, None, 0, KILLED)
+    epilog.main(run.path)
+    assert run.status["state"] == "preempted" and not slurm.exists()
+
+
+def test_ranks_that_fail_before_the_submitter_has_told_of_them(
+    tmp_path, slurm, monkeypatch, capsys
+):
+    run = failed_job(tmp_path, "queued", 4, CRASH, 0, "")
+    note = run.path / f"{JOB}_attempt.json"
+    late = note.rename(tmp_path / "late")
+    monkeypatch.setattr(epilog, "NOTE_S", 0)
+    epilog.main(run.path)
+    assert run.status["state"] == "queued" and "the same command" in capsys.readouterr().out
+    monkeypatch.setattr(epilog, "NOTE_S", 60)
+    Timer(0.3, late.rename, [note]).start()
+    epilog.main(run.path)
+    assert run.status["state"] == "failed"
 
 
 def test_a_run_that_was_sent_again_is_left_alone(tmp_path, slurm):

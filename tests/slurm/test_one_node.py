@@ -235,11 +235,13 @@ def test_an_error_in_one_rank_is_the_reason_that_is_told(tmp_path):
     assert stopped["reason"].startswith("rank 1 on ") and "sample 7" in stopped["reason"]
 
 
-def faulty(outputs, how, rank, after):
+def faulty(outputs, how, rank, after, *more):
     """A run of two ranks that are saved every second update and break by then."""
     data = ("data.train._target_=parts.Faulty", f"+data.train.how={how}")
-    more = (f"+data.train.rank={rank}", f"+data.train.after={after}", "trainer.save_interval=2")
-    return submit(outputs, *data, *more, PYTHONPATH=str(Path(__file__).parent))
+    data = (*data, f"+data.train.rank={rank}", f"+data.train.after={after}")
+    return submit(
+        outputs, *data, "trainer.save_interval=2", *more, PYTHONPATH=str(Path(__file__).parent)
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,12 +266,19 @@ def test_a_crash_is_tried_again_where_a_checkpoint_has_advanced(tmp_path, undist
     ],
 )
 def test_a_failure_that_is_not_tried_again(tmp_path, how, rank, after, restarts, kind):
-    run, job = faulty(tmp_path, how, rank, after)
+    from atlas.store import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run, job = faulty(tmp_path, how, rank, after, "tracking=mlflow", f"tracking.uri={uri}")
     assert ended(job)[0] == "FAILED"
     assert field(job, "Restarts") == restarts and status(run)["restarts"] == int(restarts)
     assert status(run)["state"] == "failed" and kind in status(run)["reason"]
     assert Run(run).failure["kind"] == kind
     assert log(run, job).splitlines()[-1].startswith("failed: rank ")
+    # Not what rank 0 has seen of it, which it sent before the first reason was known.
+    sent = MlflowClient(tracking_uri=uri).get_run(status(run)["mlflow_run_id"])
+    assert sent.data.tags["atlas.reason"] == status(run)["reason"]
+    assert sent.info.status == "FAILED"
 
 
 def test_an_error_in_all_ranks_ends_the_job(tmp_path):
