@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from commands import (
     OWN,
     ROOT,
     kill,
+    lines,
     only_run,
     quick,
     same,
@@ -41,6 +43,7 @@ from atlas.training import job, memory, preflight, sharding
 from atlas.training.distributed import is_cut, local
 from atlas.training.optim import freeze, group_parameters
 from atlas.training.trainer import Trainer
+from atlas.training.validation import Validation
 from launchers.launch import resolve
 
 FORK = multiprocessing.get_context("fork")  # torch is there already
@@ -221,6 +224,76 @@ def test_gone_on_with_at_another_size(folder: Path, tmp_path: Path) -> None:
     train(f"--config-dir={OWN}", f"outputs={tmp_path / 'cut'}", f"resume={run.name}",
           "cluster.device=cpu", "cluster.nproc_per_node=4", "cluster.sharding=fsdp2")  # fmt: skip
     assert close(weights(run), weights(only_run(tmp_path / "twin")))
+
+
+@pytest.mark.parametrize(
+    "ranks, samples, scenes", [(2, 20, 3), pytest.param(4, 8, 1, marks=pytest.mark.slow)]
+)
+def test_a_validation_of_which_ranks_have_more_or_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, samples: int, scenes: int
+) -> None:
+    gathered_alone(monkeypatch)
+    val = (
+        "data.val._target_=own_parts.Played",
+        f"data.val.samples={samples}",
+        f"+data.val.scenes={scenes}",
+    )
+    found = {}
+    for way in ("fsdp2", "null"):
+        file = tmp_path / f"{way}.jsonl"
+        with monkeypatch.context() as patch:
+            patch.setattr(Validation, "run", writes(file, Validation.run))
+            finish(create(tmp_path / way, ranks, *val, f"cluster.sharding={way}"), ranks)
+        found[way] = lines(file)
+    assert len(found["null"]) == 2 * ranks and set(found["null"][0]) == {"val/loss", "val/total"}
+    for mine, other in zip(found["fsdp2"], found["null"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+
+
+def writes(file: Path, run: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+    """`Validation.run` that appends what it has measured, less its time, to `file`."""
+
+    def wrapped(*arguments: Any) -> dict[str, float]:
+        metrics = run(*arguments)
+        with file.open("a") as out:
+            out.write(json.dumps({k: v for k, v in metrics.items() if k != "val/time_s"}) + "\n")
+        return metrics
+
+    return wrapped
+
+
+@pytest.mark.slow
+def test_the_time_is_over_while_one_rank_waits_for_its_validation(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    flag.touch()
+    stuck = ("data.val._target_=own_parts.Stuck", f"+data.val.flag={flag}")  # rank 1's sample
+    more = ("model=stack", "cluster.device=cpu", "cluster.nproc_per_node=2")
+    arguments = quick(tmp_path / "o", *more, *stuck, "cluster.sharding=fsdp2")
+    done = train(*arguments, "trainer.max_time=0.15", code=75)
+    run = only_run(tmp_path / "o")
+    assert flag.with_suffix(".reached").exists() and "max_time" in status(run)["reason"], done
+    flag.unlink()
+    train(*arguments)
+    assert status(run)["state"] == "finished"
+
+
+def gathered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a validation too, a block finds those before it cut again; where they are cut at all."""
+    monkeypatch.syspath_prepend(OWN)
+    from own_parts import Layer, Stack
+
+    act, forward = Stack.act, Layer.forward
+    done: list[nn.Module] = []
+
+    def noted(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(block, FSDPModule) and not torch.is_grad_enabled():
+            assert all(is_cut(p) for other in done for p in other.parameters())
+            assert not any(map(is_cut, block.parameters()))
+            done.append(block)
+        return forward(block, x)
+
+    monkeypatch.setattr(Stack, "act", lambda self, batch: (done.clear(), act(self, batch))[1])
+    monkeypatch.setattr(Layer, "forward", noted)
 
 
 class Own(nn.Module):

@@ -49,10 +49,14 @@ class World:
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
+        return self.broadcast(value, source=0)
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """The `value` of rank `source`, on every rank."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.cpu_group)
+        dist.broadcast_object_list(box, src=source, group=self.cpu_group)
         return box[0]
 
 

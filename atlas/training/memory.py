@@ -40,22 +40,16 @@ SMALL = (2, 4)  # samples, where the model has to compute; one alone is refused 
 class Estimate:
     """Bytes on one GPU by what they are for, in the order of a training step.
 
-    `weights`: the same of the weights by type; `validation`: bytes in a validation, where that is
-    another matter; `missing`: what could not be told, and why.
+    `weights`: the same of the weights by type; `missing`: what could not be told, and why.
     """
 
     sizes: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
-    validation: float = 0.0
     missing: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> float:
         return sum(self.sizes.values())
-
-    @property
-    def peak(self) -> float:
-        return max(self.total, self.validation)
 
     def add(self, name: str, count: Callable[[], float]) -> None:
         """Enter what `count` gives; an error in it, which can be a person's own, is told instead."""
@@ -67,16 +61,12 @@ class Estimate:
 
     def text(self) -> str:
         """For a person, in a line or a few."""
-        unit, size = ("GB", 1e9) if self.peak >= 1e9 else ("MB", 1e6)
+        unit, size = ("GB", 1e9) if self.total >= 1e9 else ("MB", 1e6)
         terms = [f"{name} {value / size:.2f}" for name, value in self.sizes.items()]
         terms[0] += f" {unit}"
         lines = [f"memory per GPU, estimated: {' + '.join(terms)} = {self.total / size:.2f} {unit}"]
         kinds = ", ".join(f"{kind} {value / size:.2f}" for kind, value in self.weights.items())
         lines.append(f"  weights: {kinds}")
-        if self.validation > self.total:
-            lines.append(
-                f"  a validation gathers all weights: {self.validation / size:.2f} {unit} in all"
-            )
         lines += [f"  not included: {what}" for what in self.missing]
         return "\n".join(lines)
 
@@ -92,9 +82,7 @@ def estimate(config: Mapping[str, Any], parts: Parts, world_size: int) -> Estima
     found.add("optimizer", lambda: optimizer_state(config, parts.groups, world_size, ranks))
     if config["trainer"]["ema"]:
         found.sizes["average"] = trained
-    whole = float(sum(map(size, model.parameters())))
     if ranks > 1:
-        found.validation = sum(found.sizes.values()) - trained + whole
         found.sizes["gathered"] = gathered(model)
     batch = int(config["data"]["batch_size"])
     found.add("batch", lambda: at(batch, [(n, size_of(b)) for n, b in examples(config, parts)]))

@@ -68,7 +68,7 @@ def room(memory: Estimate, device: torch.device) -> list[str]:
         return []
     free, whole = torch.cuda.mem_get_info(device)
     left = f"{free / 1e9:.1f} GB of {whole / 1e9:.1f} are free on {device}"
-    if memory.peak <= free:
+    if memory.total <= free:
         return [f"  {left}; CUDA takes about 1 GB of them for itself"]
     return [f"  warning: this is more than there is, {left}"]
 

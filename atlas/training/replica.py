@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from atlas.training.distributed import World
 from atlas.training.lean import compile_in_place
 from atlas.training.randomness import StepSeeds
+from atlas.training.together import Calls
 
 
 class Replica:
@@ -35,9 +36,13 @@ class Replica:
             return contextlib.nullcontext()
         return self._call.no_sync()
 
-    def whole(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which a rank may call the model by itself, however often."""
+    def evaluating(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of an evaluation."""
         return contextlib.nullcontext()
+
+    def calls(self, call: Callable[[Any], Any]) -> Calls:
+        """`call`, of the model with a batch, as an evaluation makes it."""
+        return Calls(call)
 
     def gathered(self, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `state` gives on rank 0, which alone writes; nothing on the others."""

@@ -21,6 +21,7 @@ from atlas.training.ema import Ema
 from atlas.training.frozen import frozen_modules
 from atlas.training.optim import Group, Optimizer
 from atlas.training.replica import Replica
+from atlas.training.together import Calls, SharedCalls
 
 if TYPE_CHECKING:
     from atlas.training.build import Parts
@@ -77,17 +78,8 @@ def check(model: nn.Module) -> None:
         for block, found in dtypes.items()
         if len(found) > 1
     ]
-    if problems := [*_lacking(), *problems]:
+    if problems:
         raise ConfigError([f"{KEY}: {problem}, {WHOLE}" for problem in problems])
-
-
-def _lacking() -> list[str]:
-    """What this version of torch does not offer."""
-    from torch.distributed.fsdp import FSDPModule
-
-    if hasattr(FSDPModule, "set_reshard_after_forward"):
-        return []
-    return [f"needs torch 2.8 or newer, and this is {torch.__version__}; install it"]
 
 
 def shard(
@@ -116,12 +108,14 @@ def shard(
 
 def _cut(model: nn.Module, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     for name, block in blocks(model):
         # The root is needed again first in the backward pass.
         fully_shard(block, mesh=mesh, reshard_after_forward=bool(name))
+    if hasattr(model, "act"):  # the other way into a policy
+        register_fsdp_forward_method(model, "act")
     unused = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer versions of torch
     if unused is not None:  # or ranks would wait for one whose loss leaves a parameter out
         unused(True)
@@ -196,27 +190,20 @@ class Shards(Replica):
         """Nothing: a block's gradients are summed in the same order from the first update on."""
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
-        """All weights on every rank: what is called in here, and how often, need not be the same."""
-        self._keep(True)
+    def evaluating(self) -> Iterator[None]:
+        """Cut again at the end: the root stays whole after a forward pass, for a backward one."""
         try:
-            for block in self._blocks:
-                block.unshard()
             yield
         finally:
-            self._keep(False)
             for block in self._blocks:
                 block.reshard()
+
+    def calls(self, call: Callable[[Any], Any]) -> Calls:
+        return SharedCalls(call, self._world)
 
     def gathered(self, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The `state` put together, to be called on all ranks; only rank 0's has everything."""
         return gathered(state(), keep=self._world.is_main)
-
-    def _keep(self, yes: bool) -> None:
-        """Whether weights stay where they are after a forward pass; the root's always do."""
-        *inner, _ = self._blocks
-        for block in inner:
-            block.set_reshard_after_forward(not yes, recurse=False)
 
 
 def replicated(model: nn.Module, world: World, compiled: bool) -> Replica:

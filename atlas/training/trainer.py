@@ -148,8 +148,10 @@ class Trainer:
         model = self.parts.model
         model.eval()
         try:
-            with self.ema.applied() if self.ema else contextlib.nullcontext(), self.replica.whole():
-                metrics = self.validation.run(model, self._interrupted, self.stop.wait)
+            with self._averages(), self.replica.evaluating():
+                metrics = self.validation.run(
+                    model, self.replica.calls, self._interrupted, self.stop.wait
+                )
         finally:
             self.train_mode()
         improved = self._judge(metrics["val/loss"])
@@ -157,6 +159,10 @@ class Trainer:
         self.progress.validated(self.state.step, metrics, improved)
         self.window = Window()  # validation has its own time
         return improved
+
+    def _averages(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which the model has its averaged weights, where there are any."""
+        return self.ema.applied() if self.ema else contextlib.nullcontext()
 
     def save(self) -> None:
         """Journal first, then the checkpoint, then the status that names it."""

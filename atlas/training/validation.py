@@ -16,6 +16,7 @@ from atlas.training.distributed import World
 from atlas.training.gradient import scalars
 from atlas.training.randomness import StepSeeds
 from atlas.training.stream import ValidationStream, to_device
+from atlas.training.together import Calls
 from atlas.training.workers import ending
 
 
@@ -61,28 +62,30 @@ class Validation:
     def run(
         self,
         model: nn.Module,
+        calls: Callable[[Callable[[Any], Any]], Calls],
         interrupted: Callable[[], bool],
         wait: Callable[[Callable[[], Any]], Any],
     ) -> dict[str, float]:
         """`val/loss` and the model's other scalars, each the mean over all valid elements.
 
-        `interrupted` is asked on all ranks the same number of times; where it says yes,
-        `Interrupted` is raised on all of them. Data is waited for by `wait`, as in training.
+        The model is called by way of `calls`. `interrupted` is asked on all ranks the same number of
+        times; where it says yes, `Interrupted` is raised on all of them. Data is waited for by
+        `wait`, as in training.
         """
         began = time.perf_counter()
+        forward = calls(self._on_device(model))
         with ending(iter(self._stream)) as batches:
-            sums = self._measure(model, interrupted, lambda: wait(lambda: _next(batches)))
+            sums = self._measure(forward, interrupted, lambda: wait(lambda: _next(batches)))
         weight = max(sums.pop("weight"), 1e-12)
         metrics = {f"val/{name}": value / weight for name, value in sums.items()}
         metrics.update(self._against_baselines(metrics))
-        metrics.update(self._rollouts(model))
+        metrics.update(self._rollouts(model, calls))
         metrics["val/time_s"] = time.perf_counter() - began
         return metrics
 
     def _measure(
-        self, model: nn.Module, interrupted: Callable[[], bool], following: Callable[[], Any]
+        self, forward: Calls, interrupted: Callable[[], bool], following: Callable[[], Any]
     ) -> dict[str, float]:
-        device = self._world.device
         sums: dict[str, Any] = {"weight": 0.0, "loss": 0.0}
         for _ in range(self._rounds):
             if interrupted():
@@ -90,12 +93,12 @@ class Validation:
             try:
                 chunk, count, batch = following()
             except StopWaiting:
-                continue  # the other ranks have begun this round, and hear of it in the next
+                batch = None  # the other ranks have begun this round, and hear of it in the next
             if batch is None:
+                forward.skip()
                 continue
             self._seeds.validation(chunk)
-            with self._autocast:
-                out = model(to_device(batch, device))
+            out = forward(batch)
             weight = out.get("weight", float(count))
             sums["weight"] = sums["weight"] + weight
             for name, value in {"loss": out["loss"], **scalars(out)}.items():
@@ -118,22 +121,36 @@ class Validation:
             if error > 0
         }
 
-    def _rollouts(self, model: Any) -> dict[str, float]:
+    def _rollouts(
+        self, model: Any, calls: Callable[[Callable[[Any], Any]], Calls]
+    ) -> dict[str, float]:
         """The mean of each outcome over the data set's scenes, such as `val/success`."""
         scenes = range(getattr(self._dataset, "scenes", 0) or 0)
         if not scenes:
             return {}
-        device = self._world.device
+        policy = calls(self._on_device(model.act))
 
         def act(batch: Mapping[str, Any]) -> torch.Tensor:
-            with self._autocast:
-                actions: torch.Tensor = model.act(to_device(batch, device))
+            actions: torch.Tensor = policy(batch)
             return actions.float().cpu()
 
+        # As for one more chunk: what a policy draws is the same in every validation.
+        self._seeds.validation(self._rounds * self._world.size + self._world.rank)
         mine = list(scenes)[self._world.rank :: self._world.size]
         outcomes = self._dataset.rollout(act, mine) if mine else {}
+        while policy.skip():  # others can act for longer
+            pass
         sums = self._over_ranks({name: float(values.sum()) for name, values in outcomes.items()})
         return {f"val/{name}": value / len(scenes) for name, value in sums.items()}
+
+    def _on_device(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`call` with batches that are still in the machine's own memory."""
+
+        def called(batch: Any) -> Any:
+            with self._autocast:
+                return call(to_device(batch, self._world.device))
+
+        return called
 
     def _over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
         if self._world.size == 1:
