@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from atlas.data.tabletop import Tabletop
 from atlas.training import memory, plan
-from atlas.training.build import CPU, Parts, build
+from atlas.training.build import CPU, build
 from atlas.training.ema import Ema
 from atlas.training.gradient import Sums
+from atlas.training.parts import Parts
 from atlas.training.precision import autocast
 from launchers.launch import resolve
 

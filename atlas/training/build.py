@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,12 @@ from atlas.config import is_sharded
 from atlas.errors import ConfigError
 from atlas.identity import effective_batch
 from atlas.training import features, optim, sharding
+from atlas.training.parts import Parts
 from atlas.training.precision import check_precision
 from atlas.training.randomness import seed_everything
 from atlas.training.stream import check_dataset
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Parts:
-    """What a run trains with; `spec` is what the data told the model about itself (plain values)."""
-
-    train: Any
-    val: Any | None
-    spec: dict[str, Any] | None
-    model: nn.Module
-    groups: list[optim.Group]
-    optimizer: optim.Optimizer
 
 
 def build(config: Mapping[str, Any], world_size: int, device: torch.device) -> Parts:

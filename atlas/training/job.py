@@ -22,11 +22,12 @@ from atlas.run import Run
 from atlas.stop import Stop
 from atlas.tracking import Tracker
 from atlas.training import distributed, features
-from atlas.training.build import Parts, arrange, build
+from atlas.training.build import arrange, build
 from atlas.training.checkpoint import Checkpoints, averaged, load_weights
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
 from atlas.training.frozen import frozen_state
+from atlas.training.parts import Parts
 from atlas.training.precision import set_determinism
 from atlas.training.sharding import shard
 from atlas.training.stream import TrainStream, on_bad

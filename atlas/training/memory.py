@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from atlas.config import is_sharded
 from atlas.models.pretrained import without_weights
 from atlas.training import features, sharding
-from atlas.training.build import CPU, Parts, arrange, build_model, build_optimizer
+from atlas.training.build import CPU, arrange, build_model, build_optimizer
 from atlas.training.frozen import frozen_modules
 from atlas.training.gradient import Sums
 from atlas.training.optim import Group
+from atlas.training.parts import Parts
 from atlas.training.precision import autocast
 from atlas.training.preflight import META, room
 from atlas.training.stream import Fetcher, Order, on_bad

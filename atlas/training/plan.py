@@ -13,8 +13,9 @@ from atlas.identity import effective_batch
 from atlas.models.pretrained import without_weights
 from atlas.plan import rates, table
 from atlas.training import distributed
-from atlas.training.build import CPU, Parts, base_lr, build
+from atlas.training.build import CPU, base_lr, build
 from atlas.training.memory import Estimate, estimate
+from atlas.training.parts import Parts
 from atlas.training.precision import check_precision
 from atlas.training.preflight import META
 from atlas.training.trainer import validation_interval

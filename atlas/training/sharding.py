@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,9 @@ from atlas.training.distributed import World, is_cut
 from atlas.training.ema import Ema
 from atlas.training.frozen import frozen_modules
 from atlas.training.optim import Group, Optimizer
+from atlas.training.parts import Parts
 from atlas.training.replica import Replica
 from atlas.training.together import Calls, SharedCalls
-
-if TYPE_CHECKING:
-    from atlas.training.build import Parts
 
 KEY = "cluster.sharding=fsdp2"
 WHOLE = "or set cluster.sharding=null"

@@ -14,13 +14,13 @@ from atlas.progress import Lines
 from atlas.stop import CODES, STATES, Stop
 from atlas.training.agreement import Agreement, Requests
 from atlas.training.ahead import ReadAhead
-from atlas.training.build import Parts
 from atlas.training.checkpoint import Checkpoints
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
 from atlas.training.frozen import frozen_modules, frozen_names
 from atlas.training.gradient import Gradient, Sums
 from atlas.training.meters import Pending, Window
+from atlas.training.parts import Parts
 from atlas.training.precision import autocast
 from atlas.training.randomness import StepSeeds
 from atlas.training.sharding import replicated
