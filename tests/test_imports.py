@@ -120,7 +120,7 @@ def test_a_wrong_command_loads_nothing_heavy(tmp_path):
     [
         ("torch", ("atlas/training/", "atlas/models/", "atlas/data/")),
         ("mlflow", ("atlas/store.py",)),
-        ("submitit", ("launchers/slurm.py",)),
+        ("submitit", ("launchers/slurm.py", "launchers/slurm_task.py")),
         ("transformers", ("atlas/models/",)),
         ("pyarrow", ("atlas/data/",)),
         ("av", ("atlas/data/",)),

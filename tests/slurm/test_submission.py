@@ -11,7 +11,8 @@ import pytest
 from commands import ROOT, quick, train
 
 from atlas.errors import ConfigError
-from launchers.slurm import SlurmLauncher, rank_environment
+from launchers.slurm import SlurmLauncher
+from launchers.slurm_task import rank_environment
 from launchers.squeue import outside_allocation, seconds
 
 GOLDEN = Path(__file__).with_name("golden.sbatch")
