@@ -157,13 +157,30 @@ def told(error: Exception, overrides: list[str], monkeypatch: pytest.MonkeyPatch
         initialize_config_dir(str(CONF), version_base="1.3")
 
 
-@settings(
-    max_examples=150,
+def plans_or_tells(folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
+    """Checks that `overrides` make a plan or one clear error, and leave nothing in `folder`."""
+    monkeypatch.chdir(folder)
+    try:
+        assert plan(overrides).startswith("run")
+    except Exception as error:
+        known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
+        assert known or is_hydras(error), overrides
+        text = told(error, overrides, monkeypatch)
+        assert text.strip() and "Traceback" not in text and "full_key" not in text
+        assert not re.search(r"\b0x[0-9a-f]{8,}", text)
+    assert list(folder.iterdir()) == []
+
+
+SETTINGS = settings(
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(st.lists(override(), min_size=1, max_size=3))
+OVERRIDES = st.lists(override(), min_size=1, max_size=3)
+
+
+@settings(SETTINGS, max_examples=40)
+@given(OVERRIDES)
 @example(["trainer=3"])
 @example(["trainer=null"])
 @example(["optim.lr_multipliers=[1,2]"])
@@ -192,16 +209,14 @@ def told(error: Exception, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 @example(["seed=${oc.env:NOPE_NOPE}"])
 @example(["name=${nope:1}"])
 def test_a_plan_or_one_clear_error(tmp_path, monkeypatch, overrides):
-    monkeypatch.chdir(tmp_path)
-    try:
-        assert plan(overrides).startswith("run")
-    except Exception as error:
-        known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
-        assert known or is_hydras(error), overrides
-        text = told(error, overrides, monkeypatch)
-        assert text.strip() and "Traceback" not in text and "full_key" not in text
-        assert not re.search(r"\b0x[0-9a-f]{8,}", text)
-    assert list(tmp_path.iterdir()) == []
+    plans_or_tells(tmp_path, monkeypatch, overrides)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=400)
+@given(OVERRIDES)
+def test_a_plan_or_one_clear_error_of_many(tmp_path, monkeypatch, overrides):
+    plans_or_tells(tmp_path, monkeypatch, overrides)
 
 
 def test_what_is_sound_has_a_plan(tmp_path, monkeypatch):
