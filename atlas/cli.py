@@ -170,7 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what a person can put right is a message, not a traceback."""
     from atlas.trust import taken
 
-    parser = argparse.ArgumentParser(prog="atlas", description="Look after Atlas runs.")
+    parser = argparse.ArgumentParser(
+        prog="atlas",
+        description="Look after Atlas runs. To start or resume one: python train.py.",
+        epilog="With any command, --trust PREFIX lets a run that somebody else owns name modules "
+        "under PREFIX (docs/reliability.md).",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))

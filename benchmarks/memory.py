@@ -26,7 +26,7 @@ BARS = {"run": 1500, "again": 100, "seconds": 1.0}
 def main() -> None:
     """Run, issue it again, and print the peaks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=600, help="updates (the default run: 2000)")
+    parser.add_argument("--steps", type=int, default=600, help="updates (the default run: 1500)")
     args = parser.parse_args()
     print(measure.heading(f"Memory of the default run, {args.steps} steps"))
     with tempfile.TemporaryDirectory(prefix="atlas-memory-") as outputs:
