@@ -28,6 +28,13 @@ def test_the_example_of_parts_of_ones_own(tmp_path):
     assert status(only_run(outputs))["step"] == 200
 
 
+def test_a_model_that_needs_a_spec_says_so(tmp_path):
+    mine = shown("own.md", tmp_path / "mine")
+    done = train(f"--config-dir={mine}", "data=points", "dry_run=true", code=1)
+    assert "error: model._target_=atlas.models.vla.VLA is built from" in done.stderr
+    assert "a Points has none; docs/own.md" in done.stderr
+
+
 def test_the_example_of_a_head_of_ones_own(tmp_path):
     mine, outputs = shown("robot-policy.md", tmp_path / "mine"), tmp_path / "outputs"
     short = ("trainer.steps=4", "schedule.warmup=1", "data.episodes=20", "data.rollouts=1")

@@ -59,6 +59,11 @@ def build_data(config: Mapping[str, Any]) -> tuple[Any, Any | None]:
     """The training and the validation set (None where `data.val` is null)."""
     train = create(config["data"]["train"], "data.train")
     check_dataset(train, "data.train")
+    if needs_spec(config) and getattr(train, "spec", None) is None:
+        raise ConfigError(
+            f"model._target_={config['model']['_target_']} is built from the training set's `spec`, "
+            f"and a {type(train).__name__} has none; docs/own.md says what it holds"
+        )
     if config["data"].get("val") is None:
         return train, None
     val = create(config["data"]["val"], "data.val")
@@ -72,7 +77,7 @@ def build_model(config: Mapping[str, Any], spec: Mapping[str, Any] | None) -> nn
     A model whose constructor takes `spec` is told what the training set says about itself.
     """
     seed_everything(int(config["seed"]))
-    extra = {"spec": spec} if _takes_spec(config["model"]["_target_"]) else {}
+    extra = {"spec": spec} if _spec_parameter(config) else {}
     model = create(config["model"], "model", **extra)
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -122,11 +127,18 @@ def create(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def _takes_spec(target: str) -> bool:
+def needs_spec(config: Mapping[str, Any]) -> bool:
+    """Whether the model's constructor takes `spec` and cannot do without."""
+    parameter = _spec_parameter(config)
+    return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def _spec_parameter(config: Mapping[str, Any]) -> inspect.Parameter | None:
+    target = config["model"]["_target_"]
     try:
-        return "spec" in inspect.signature(get_class(target)).parameters
+        return inspect.signature(get_class(target)).parameters.get("spec")
     except Exception:  # not a class, or not there: instantiating it gives the better error
-        return False
+        return None
 
 
 def _raised_inside(cause: BaseException) -> bool:

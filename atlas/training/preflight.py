@@ -21,7 +21,7 @@ from torch import nn
 from atlas.config import is_sharded
 from atlas.errors import AtlasError, ConfigError
 from atlas.training import features, optim, sharding
-from atlas.training.build import build_data, build_model, build_optimizer
+from atlas.training.build import build_data, build_model, build_optimizer, needs_spec
 from atlas.training.stream import Fetcher, Order, on_bad, to_device
 
 T = TypeVar("T")
@@ -60,6 +60,8 @@ def check(config: Mapping[str, Any], world_size: int) -> Report:
     """Build the parts of `config` and send a batch of two samples through its model."""
     report = Report()
     data = report.attempt("data", lambda: build_data(config))
+    if data is None and needs_spec(config):
+        return report
     spec = getattr(data[0], "spec", None) if data else None
     model = _model(config, spec, report)
     if model is None:
