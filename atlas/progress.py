@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -23,15 +24,18 @@ class Lines:
         """Update `step` was taken."""
         if time.monotonic() - self._shown >= LINE_S or step == self._steps - 1:
             self._shown = time.monotonic()
-            print(f"step {step + 1}/{self._steps}  {self._facts(step, metrics)}", flush=True)
+            self.say(f"step {step + 1}/{self._steps}  {self._facts(step, metrics)}")
 
     def validated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
         """A validation after `step` updates ended."""
-        print(f"step {step}/{self._steps}  {validation_text(metrics, best)}", flush=True)
+        self.say(f"step {step}/{self._steps}  {validation_text(metrics, best)}")
 
     def say(self, text: str) -> None:
-        """Anything else."""
-        print(text, flush=True)
+        """Anything else. A reader that has gone away, such as `head`, does not end the run."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         """Nothing is left open."""
