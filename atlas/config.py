@@ -226,6 +226,9 @@ def _values(config: Mapping[str, Any]) -> Iterator[str]:
     multipliers = _lookup(config, "optim.lr_multipliers")[1]
     for path, factor in (multipliers if isinstance(multipliers, Mapping) else {}).items():
         problem = Key(float, minimum=0).problem(factor)
+        if problem and isinstance(factor, Mapping):  # Hydra has read the dots of a path as levels
+            pairs = ",".join(f"{key}:{value}" for key, value in flat({path: factor}).items())
+            problem += f"; a path with dots goes in braces: '++optim.lr_multipliers={{{pairs}}}'"
         if problem:
             yield f"optim.lr_multipliers.{path}={factor!r} {problem}"
     schedule = config.get("schedule") or {}

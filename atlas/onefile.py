@@ -82,5 +82,6 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _override(key: str, value: Any) -> str:
     if key.startswith(f"{MULTIPLIERS}."):
-        return f"++optim.lr_multipliers.{key.removeprefix(f'{MULTIPLIERS}.')}={value}"
+        # In braces: dots in a module's path are part of the key, not levels.
+        return f"++optim.lr_multipliers={{{key.removeprefix(f'{MULTIPLIERS}.')}:{value}}}"
     return f"{KEYS[key]}={'null' if value is None else value}"

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 
 from atlas.config import KEYS, SCHEDULE, check
 from atlas.errors import ConfigError
+from atlas.onefile import translated
 from launchers.launch import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +118,10 @@ def test_nothing_is_wrong(overrides):
         ("schedule.warmup=long", ["schedule.warmup='long'", "whole number"]),
         ("optim.lr_multipliers.fusion=x", ["optim.lr_multipliers.fusion='x'", "at least 0"]),
         ("optim.lr_multipliers.fusion=-1", ["optim.lr_multipliers.fusion=-1", "at least 0"]),
+        (
+            "++optim.lr_multipliers.fusion.mix=0",
+            ["in braces: '++optim.lr_multipliers={fusion.mix:0}'"],
+        ),
         ("data.train=points", ["data.train='points'", "a mapping"]),
         # choices, with the nearest
         (
@@ -299,6 +304,16 @@ def test_the_optim_section_is_the_table(path):
 @pytest.mark.parametrize("path", sorted((CONF / "schedule").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_schedule_has_known_keys(path):
     assert set(yaml.safe_load(path.read_text())) <= {"_target_", *SCHEDULE}
+
+
+def test_one_file_takes_paths_with_dots(tmp_path):
+    file = tmp_path / "one.yaml"
+    file.write_text("training: {lr_multipliers: {fusion: 0.5, lang_encoder.embed: 0}}")
+    config: dict[str, Any] = resolve(compose("config", translated(["--config", str(file)])))
+    assert config["optim"]["lr_multipliers"] == {
+        **{"vision": 0, "lang_encoder": 0.1, "action_head": 1},
+        **{"fusion": 0.5, "lang_encoder.embed": 0},
+    }
 
 
 def test_defaults_are_what_the_seed_recommends():
