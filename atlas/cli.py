@@ -168,6 +168,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what a person can put right is a message, not a traceback."""
+    from atlas.terminal import outlive
     from atlas.trust import taken
 
     parser = argparse.ArgumentParser(
@@ -179,6 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))
+    if argv is None:
+        outlive()
     args = parser.parse_args(taken(sys.argv[1:] if argv is None else argv))
     try:
         return COMMANDS[args.command].run(args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -31,11 +30,8 @@ class Lines:
         self.say(f"step {step}/{self._steps}  {validation_text(metrics, best)}")
 
     def say(self, text: str) -> None:
-        """Anything else. A reader that has gone away, such as `head`, does not end the run."""
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        """Anything else."""
+        print(text, flush=True)
 
     def close(self) -> None:
         """Nothing is left open."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,9 +18,17 @@ STATES = {
     signal.SIGUSR2: ("preempted", "preempted (SIGUSR2)"),
     signal.SIGTERM: ("killed", "stopped by SIGTERM"),
     signal.SIGINT: ("killed", "stopped by Ctrl-C"),
+    signal.SIGHUP: ("killed", "stopped by SIGHUP: the terminal was closed"),
 }
+ASKED = tuple(STATES)
 # The order in which ranks that saw different signals agree; see `atlas.training.agreement`.
-CODES = (None, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+CODES = (None, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals to listen to: all of the above, but for a SIGHUP that `nohup` has had ignored."""
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in ASKED if not (nohup and number == signal.SIGHUP)]
 
 
 class StopWaiting(BaseException):
@@ -37,7 +46,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            for number in STATES:
+            for number in heeded():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -81,6 +90,7 @@ class Stop:
         self.signal = signal.Signals(number)
         if number == signal.SIGINT and "ATLAS_SUPERVISED" not in os.environ:
             message = "\nstopping after this step and saving; Ctrl-C again leaves at once\n"
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+            with contextlib.suppress(OSError):  # a terminal that is closed
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
         if self._waiting:
             raise StopWaiting

@@ -1,7 +1,7 @@
 """One rank of one run under any launcher: environment in, files out, the exit code tells the cause.
 
-Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. SIGTERM, SIGINT and SIGUSR2 mean:
-save at the next agreed step and leave. Exits with 0 when done, 75 when stopped and resumable, 1 when
+Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. SIGTERM, SIGINT, SIGHUP and SIGUSR2
+mean: save at the next agreed step and leave. Exits with 0 when done, 75 when stopped and resumable, 1 when
 failed. Run it as `python -m atlas.worker RUN_DIRECTORY`.
 """
 

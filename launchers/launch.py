@@ -21,6 +21,7 @@ from atlas.identity import flat
 from atlas.plan import outline, summary
 from atlas.resume import adopt, announce, check_source, keep_effective_batch
 from atlas.run import ROOT, Command, Run
+from atlas.terminal import outlive
 from atlas.trust import taken
 from launchers import torchrun
 from launchers.base import Launcher
@@ -85,6 +86,7 @@ def launcher_of(config: dict[str, Any]) -> Launcher:
 
 def start(main: Callable[[], Any]) -> None:
     """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started."""
+    outlive()
     sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
     with reported():
         sys.argv[1:] = options_first(torchrun.without_launcher_arguments(taken(sys.argv[1:])))
@@ -170,9 +172,6 @@ def reported() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
     try:
         yield
-    except BrokenPipeError:  # `… dry_run=true | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(0) from None
     except Exception as error:
         known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
         if FULL_ERROR or not (known or is_hydras(error)):

@@ -13,6 +13,7 @@ from typing import Any
 
 from atlas.errors import EXIT_STOPPED
 from atlas.run import Run
+from atlas.stop import heeded
 from launchers.ranks import Ranks, warm_context
 
 POLL_S = 0.1  # how long a signal waits to be handed on
@@ -82,15 +83,13 @@ class Pool:
 class Forwarding:
     """A context in which the signals that stop a run are noted instead of obeyed."""
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-
     def __init__(self, noted: list[int]) -> None:
         self._noted = noted
         self._pid = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        for number in self.NUMBERS:
+        for number in heeded():
             self._before[number] = signal.signal(number, self._note)
 
     def __exit__(self, *_: object) -> None:

@@ -18,6 +18,8 @@ from atlas.leash import die_with_parent
 from atlas.reasons import record_end
 from atlas.run import Run
 from atlas.shipper import FLEET
+from atlas.stop import ASKED
+from atlas.terminal import outlive
 
 
 def warm_context() -> ForkServerContext:
@@ -141,6 +143,8 @@ def _enter(path: str, environment: Mapping[str, str], log: str | None) -> None:
     """What a rank does from its fork on."""
     die_with_parent()  # which is the warm process, and that ends with the launcher
     os.setpgrp()  # a terminal's Ctrl-C goes to the launcher, which hands it on once
+    for number in ASKED:  # which the warm process ignores
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     if log:
@@ -148,4 +152,5 @@ def _enter(path: str, environment: Mapping[str, str], log: str | None) -> None:
         sys.stdout.flush()
         os.dup2(fd, 1)
         os.dup2(fd, 2)
+    outlive()
     raise SystemExit(worker.main(Path(path)))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import textwrap
 from pathlib import Path
 
 import pytest
-from commands import ROOT, command, environment, only_run, status, train
+from commands import ROOT, only_run, status, train
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FILE = re.compile(r"^`mine/(\S+)`:\n\n((?:(?: {4}.*)?\n)+)", re.M)
@@ -44,17 +43,6 @@ def test_the_example_of_a_head_of_ones_own(tmp_path):
         *(f"outputs={outputs}", *short),
     )
     assert "val/l1" in status(only_run(outputs))["last"]
-
-
-def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
-    mine, outputs = shown("own.md", tmp_path / "mine"), tmp_path / "outputs"
-    options = (f"--config-dir={mine}", "experiment=first", "tracking=none", f"outputs={outputs}")
-    process = subprocess.Popen(command(*options), stdout=subprocess.PIPE, env=environment())
-    assert process.stdout
-    process.stdout.readline()
-    process.stdout.close()
-    process.wait(60)
-    assert status(only_run(outputs))["state"] == "finished"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from atlas.errors import AtlasError
 from atlas.leash import die_with_parent
+from atlas.stop import ASKED
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def _have_started(batches: Any, started: mmap.mmap) -> bool:
 
 def _start(started: mmap.mmap, worker: int) -> None:
     """Slurm and a terminal signal every process; a data worker that died would lose the save."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in ASKED:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     torch.set_num_threads(1)
