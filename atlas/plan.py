@@ -32,7 +32,9 @@ def summary(run: Run) -> str:
     if state == "finished":
         lines.append("  the same command with fresh=true starts over and keeps what is there")
     elif state in ("killed", "preempted"):
-        lines.append(f"  the same command goes on from here, and so does: train.py resume={run.id}")
+        lines.append(
+            f"  the same command goes on from here, and so does: python train.py resume={run.id}"
+        )
     return "\n".join(lines)
 
 

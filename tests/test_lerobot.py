@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 av = pytest.importorskip("av", reason="av is not installed (extra vla)")
 pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra vla)")
@@ -42,6 +43,8 @@ from atlas.data.augment import Augment  # noqa: E402
 from atlas.data.lerobot import LeRobot  # noqa: E402
 from atlas.data.video import Video  # noqa: E402
 from atlas.errors import ConfigError  # noqa: E402
+from atlas.training.build import doubts  # noqa: E402
+from atlas.training.parts import Parts  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -509,3 +512,16 @@ def test_real_recordings(tmp_path: Path) -> None:
     assert batch["images"].float().std() > 20
     assert not torch.equal(batch["images"][0], batch["images"][1])
     assert set(batch["instruction"]) == {"Pick up the yellow bottle on the table."}
+
+
+@pytest.mark.parametrize(
+    "of_data, of_vision, said", [(56, 224, True), (224, 224, False), (224, 56, False)]
+)
+def test_frames_that_are_reduced_and_enlarged_again_are_told_of(of_data, of_vision, said):
+    model = nn.Module()
+    model.vision = nn.Module()
+    model.vision.image_size = (of_vision, of_vision)
+    parts = Parts(None, None, {"image_size": [of_data, of_data]}, model, [], None)
+    sizes = {"data": {"image_size": [of_data, of_data]}}
+    assert bool(doubts(sizes, parts)) == said
+    assert not doubts({"data": {}}, parts)  # it has no such key to set

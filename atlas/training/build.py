@@ -55,6 +55,20 @@ def arrange(
     return groups, build_optimizer(config, groups, world_size, device)
 
 
+def doubts(config: Mapping[str, Any], parts: Parts) -> list[str]:
+    """What is allowed and likely to be a mistake; for a person to read."""
+    there = (parts.spec or {}).get("image_size")
+    seen = getattr(getattr(parts.model, "vision", None), "image_size", None)
+    if config["data"].get("image_size") is None or not there or not seen:
+        return []
+    if not any(wanted > pixels for wanted, pixels in zip(seen, there, strict=True)):
+        return []
+    return [
+        f"frames are reduced to data.image_size={list(there)} and enlarged again to "
+        f"{list(seen)} for model.vision; data.image_size={list(seen)} keeps what is in them"
+    ]
+
+
 def build_data(config: Mapping[str, Any]) -> tuple[Any, Any | None]:
     """The training and the validation set (None where `data.val` is null)."""
     train = create(config["data"]["train"], "data.train")

@@ -22,7 +22,7 @@ from atlas.run import Run
 from atlas.stop import Stop
 from atlas.tracking import Tracker
 from atlas.training import distributed, features
-from atlas.training.build import arrange, build
+from atlas.training.build import arrange, build, doubts
 from atlas.training.checkpoint import Checkpoints, averaged, load_weights
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
@@ -68,6 +68,8 @@ def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
     world = distributed.init(config["cluster"]["device"])
     try:
         parts = build(config, world.size, world.device)
+        for doubt in doubts(config, parts) if world.is_main else ():
+            print(f"warning: {doubt}", flush=True)
         checkpoints = Checkpoints(run.checkpoints, int(config["trainer"]["keep"]))
         state, ema = begin(config, world, parts, checkpoints)
         trainer = functools.partial(

@@ -13,7 +13,7 @@ from atlas.identity import effective_batch
 from atlas.models.pretrained import without_weights
 from atlas.plan import rates, table
 from atlas.training import distributed
-from atlas.training.build import CPU, base_lr, build
+from atlas.training.build import CPU, base_lr, build, doubts
 from atlas.training.memory import Estimate, estimate
 from atlas.training.parts import Parts
 from atlas.training.precision import check_precision
@@ -36,6 +36,7 @@ def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) 
     multipliers = {group.name: group.multiplier for group in parts.groups}
     return "\n".join(
         [
+            *(f"warning: {doubt}" for doubt in doubts(config, parts)),
             table(data_rows(config, parts, world_size, wanted if elsewhere else str(device))),
             "",
             parameters(parts),
