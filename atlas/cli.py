@@ -48,11 +48,11 @@ def sync(args: argparse.Namespace) -> int:
 
 def follow_pool(runs: list[Run]) -> int:
     """Be the one shipper of a pool's runs."""
-    from atlas import shipper
     from atlas.report import draw_as_they_end
+    from atlas.writer import Writer, step_back
 
-    writer = shipper.Writer(None)
-    shipper.step_back()
+    writer = Writer(None)
+    step_back()
     tracked = [run for run in runs if run.config["tracking"]["kind"] != "none"]
     missing = 0
     if tracked:
@@ -67,11 +67,11 @@ def follow_pool(runs: list[Run]) -> int:
 
 def sync_one(run: Run, args: argparse.Namespace) -> int:
     """Send one run, or follow it."""
-    from atlas import shipper
+    from atlas.writer import Writer, step_back
 
-    writer = shipper.Writer(run) if args.follow else None
+    writer = Writer(run) if args.follow else None
     if writer and writer.is_parent:
-        shipper.step_back()
+        step_back()
     if run.config["tracking"]["kind"] == "none":
         from atlas.report import draw
 
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except AtlasError as error:
-        from atlas.shipper import masked
+        from atlas.record import masked
 
         print(masked(f"atlas {args.command}: {error}"), file=sys.stderr)
         return EXIT_FAILED

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.record import masked
 from atlas.run import Run
-from atlas.shipper import Writer, masked
+from atlas.writer import Writer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

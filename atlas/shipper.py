@@ -7,66 +7,22 @@ at the end waits for it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from atlas.lock import replace
+from atlas.record import Record, points_left
 from atlas.run import ROOT, Run
+from atlas.writer import END, HANDLED, PARENT
 
-PARENT = "ATLAS_SYNC_PARENT"  # in a shipper's environment: the process whose run it sends
 FLEET = "ATLAS_FLEET"  # in a rank's environment: its pool sends the journal
-NICENESS = 19  # training goes first, where both want the processor
 WARN_EVERY_S = 1.0
 REPORT_WAIT_S = 5.0
-# Enough for a last batch and the final state before Slurm follows its SIGTERM with SIGKILL (30 s).
-TERM_GRACE_S = 25.0
-# Importing mlflow takes a second of CPU: a run's first step goes first, if it comes this soon.
-HEAD_START_S = 5.0
-
-END = signal.SIGURG  # to a shipper: the run ended. Nobody else sends this one
-_IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_HANDLED = (*_IGNORED, signal.SIGTERM, END)
-
-
-@dataclass
-class Record:
-    """`mlflow.json`: where a run's points go and how far they got. Written by the shipper alone."""
-
-    uri: str = ""  # without credentials
-    run_id: str | None = None
-    experiment_id: str | None = None
-    offset: int = 0  # bytes of metrics.jsonl that are in MLflow
-    shipped: int = 0  # points in them
-    refused: int = 0  # points among them that MLflow would not take
-    refusal: str | None = None  # why, for the last of those
-    error: str | None = None  # why nothing can be sent at the moment
-    updated: float = 0.0  # when this was written, in seconds since 1970
-    uploaded: dict[str, str] = field(default_factory=dict)  # artifact: the version that is there
-
-    @classmethod
-    def load(cls, run: Run) -> Record:
-        """What is recorded; an empty record where there is none, or none that can be read."""
-        try:
-            stored = json.loads(run.mlflow_file.read_text())
-            return cls(**{f.name: stored[f.name] for f in fields(cls) if f.name in stored})
-        except (FileNotFoundError, ValueError, TypeError):
-            return cls()
-
-    def save(self, run: Run) -> None:
-        """Replace `mlflow.json`, atomically."""
-        self.updated = round(time.time(), 3)
-        replace(run.mlflow_file, json.dumps(asdict(self), indent=1) + "\n")
 
 
 class Shipper:
@@ -218,124 +174,6 @@ class Fleet:
         return [run for run in self._runs if run.config["tracking"]["kind"] != "none"]
 
 
-class Writer:
-    """The process that writes the run, seen from its shipper: is it still there, and the wait.
-
-    That is who holds the run's lock now; under a `Shipper` it is the parent process, whose END is
-    heard too.
-    """
-
-    def __init__(self, run: Run | None) -> None:
-        self._run = run
-        self._parent = int(os.environ.get(PARENT, 0))
-        self._holder = run.lock.live_holder() if run else None
-        self._ended = threading.Event()
-        self._expires = float("inf")
-        if self._parent:
-            self._listen()
-
-    @property
-    def is_parent(self) -> bool:
-        """Whether this process was started for one run's sake alone."""
-        return bool(self._parent)
-
-    def gone(self) -> bool:
-        """Whether nothing more will be written by the process that is followed."""
-        if self._parent and (self._ended.is_set() or os.getppid() != self._parent):
-            return True
-        if self._run is None or (self._parent and self._holder is None):
-            return False  # a pool, or a run that was started without the lock
-        holder = self._run.lock.live_holder()
-        return holder is None or holder != self._holder
-
-    def expired(self) -> bool:
-        """Whether this process was asked to end and has had its time."""
-        return time.monotonic() > self._expires
-
-    def wait(self, seconds: float) -> None:
-        """Sleep, but not beyond the news that the run ended."""
-        if self._ended.is_set():
-            time.sleep(seconds)
-        else:
-            self._ended.wait(seconds)
-
-    def wait_for_first_line(self) -> None:
-        """Leave the processor to a run's first step, for a few seconds."""
-        until = time.monotonic() + HEAD_START_S
-        assert self._run is not None
-        while time.monotonic() < until and not self.gone() and not _size(self._run.journal_file):
-            self.wait(0.1)
-
-    def _listen(self) -> None:
-        for signum in _IGNORED:  # Slurm sends them to every process of a step
-            signal.signal(signum, signal.SIG_IGN)
-        signal.signal(END, self._on_end)
-        signal.signal(signal.SIGTERM, self._on_term)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-
-    def _on_end(self, signum: int, frame: FrameType | None) -> None:
-        self._ended.set()
-        with contextlib.suppress(OSError, AttributeError):  # where it is allowed: no more waiting
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-
-    def _on_term(self, signum: int, frame: FrameType | None) -> None:
-        self._expires = min(self._expires, time.monotonic() + TERM_GRACE_S)
-
-
-def step_back() -> None:
-    """Run behind training, and out of the reach of what is meant for its process group.
-
-    Not in a session of its own: Linux gives every session an equal share of the processor
-    (autogroup), and niceness counts only inside one.
-    """
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
-        if hasattr(os, "SCHED_IDLE"):
-            # Niceness alone still takes a fifth of a step's time on a machine without a free core.
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    with contextlib.suppress(OSError):
-        os.setpgid(0, 0)
-
-
-def masked(text: str) -> str:
-    """`text` with the credentials of every URI in it replaced by `***`."""
-    return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
-
-
-def lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """The complete lines from byte `offset` on, each with the offset behind it.
-
-    A line that is no JSON object is yielded as an empty dictionary: it must not stop what follows.
-    """
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        file.seek(offset)
-        for raw in file:
-            if not raw.endswith(b"\n"):
-                return
-            offset += len(raw)
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                line = {}
-            yield (line if isinstance(line, dict) else {}), offset
-
-
-def points(line: Mapping[str, Any]) -> dict[str, float]:
-    """What of a journal's line is a metric: its numbers, less step and time."""
-    return {
-        key: float(value)
-        for key, value in line.items()
-        if key not in ("step", "time") and isinstance(value, int | float)
-    }
-
-
-def points_left(run: Run, record: Record) -> int:
-    """How many points of the journal are not in MLflow."""
-    return sum(len(points(line)) for line, _ in lines(run.journal_file, record.offset))
-
-
 def _finished(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
     with contextlib.suppress(ProcessLookupError):
         child.send_signal(END)
@@ -354,7 +192,7 @@ def _spawn(run: Run, *options: str) -> subprocess.Popen[bytes]:
 def _spawn_for(runs: Sequence[Run], file: Path, *options: str) -> subprocess.Popen[bytes]:
     # Blocked until a follower has its handlers: a signal to all of a job's processes must not end
     # it before that, and an END that comes at once must not be lost.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED if "--follow" in options else ())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED if "--follow" in options else ())
     try:
         with open(file, "ab") as log:
             paths = [str(run.path) for run in runs]
@@ -382,10 +220,3 @@ def _environment() -> dict[str, str]:
         "MKL_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "2",
     }
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0

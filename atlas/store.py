@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import getpass
-import importlib.metadata
 import os
-import platform
 import posixpath
 import re
 import sys
@@ -21,13 +17,13 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-import atlas
 from atlas.errors import AtlasError
 from atlas.group import FOLDER, Group
-from atlas.identity import flat, is_excluded
+from atlas.identity import flat
 from atlas.lock import guarded
+from atlas.record import Record, masked, points
 from atlas.run import Run, when
-from atlas.shipper import Record, masked, points
+from atlas.tags import marks, run_name, tags
 
 PARENT = "mlflow.parentRunId"  # what MLflow's own pages nest runs by
 GROUP = "atlas.sweep_id"
@@ -174,7 +170,7 @@ class Store:
         return self._tagged(experiment, config, status) or self._client.create_run(
             experiment,
             start_time=int(status.get("created", time.time()) * 1000),
-            tags=_marks(config, status),
+            tags=marks(config, status),
             run_name=run_name(config),
         )
 
@@ -185,9 +181,9 @@ class Store:
 
         Should a request have created a second one after its time-out, the empty one is deleted.
         """
-        marks = " and ".join(f"tags.`{k}` = '{v}'" for k, v in _marks(config, status).items())
+        marked = " and ".join(f"tags.`{k}` = '{v}'" for k, v in marks(config, status).items())
         found = sorted(
-            self._client.search_runs([experiment], marks),
+            self._client.search_runs([experiment], marked),
             key=lambda each: (-len(each.data.metrics), each.info.run_id),
         )
         for extra in found[1:]:
@@ -316,45 +312,6 @@ def valid_key(key: str) -> str:
     return key[:250] or "_"
 
 
-def run_name(config: Mapping[str, Any]) -> str:
-    """The id and what was overridden of what makes the run: `4f2a… lr=0.001 seed=2`."""
-    short = []
-    for override in config["run"]["overrides"]:
-        key, _, value = str(override).lstrip("+~").partition("=")
-        if not is_excluded(key):
-            short.append(f"{key.rpartition('.')[2]}={value}" if value else key)
-    return masked(" ".join([str(config["run"]["id"]), *short]))[:200]
-
-
-def tags(run: Run, config: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str]:
-    """Everything about a run that its id does not hash."""
-    head = config["run"]
-    code = status.get("git") or head.get("code") or {}
-    said = {
-        **_marks(config, status),
-        "atlas.directory": run.path,
-        "atlas.commit": code.get("commit"),
-        "atlas.clean": code.get("clean"),
-        "atlas.digest": code.get("digest"),
-        "atlas.host": status.get("host"),
-        "atlas.launcher": status.get("launcher"),
-        "atlas.job_id": status.get("job_id"),
-        "atlas.world_size": status.get("world_size"),
-        "atlas.restarts": status.get("restarts"),
-        "atlas.command": status.get("command"),
-        "atlas.overrides": " ".join(map(str, head["overrides"])),
-        **{f"atlas.{name}": version for name, version in _versions().items()},
-        "mlflow.source.name": status.get("command"),
-        "mlflow.source.type": "LOCAL",
-        "mlflow.user": _user(),
-        "mlflow.source.git.commit": code.get("commit"),
-    }
-    excluded = _excluded(config, run.identity)
-    said.update({f"config.{key}": value for key, value in excluded.items()})
-    known = {key: str(value) for key, value in said.items() if value is not None}
-    return {**known, **_state_tags(run.state, status)}
-
-
 def reason(error: BaseException) -> str:
     """An error of MLflow's, its server's or its database's in a few words, without credentials."""
     text = str(error)
@@ -371,45 +328,6 @@ def reason(error: BaseException) -> str:
 def say(text: str) -> None:
     """A line with the time, for sync.log or a terminal."""
     print(f"{when(time.time())} {masked(text)}", file=sys.stderr, flush=True)
-
-
-def _marks(config: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str]:
-    """What finds the MLflow run again.
-
-    The id alone would find a colleague's run of the same command on the same server, and an older
-    one that `fresh=true` has moved aside.
-    """
-    return {
-        "atlas.run_id": str(config["run"]["id"]),
-        "atlas.created": str(status.get("created")),
-    }
-
-
-def _state_tags(state: str | None, status: Mapping[str, Any]) -> dict[str, str]:
-    return {"atlas.state": str(state), "atlas.reason": str(status.get("reason") or "")}
-
-
-def _excluded(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
-    hashed = flat(identity)
-    return {
-        key: value
-        for key, value in flat({k: v for k, v in config.items() if k != "run"}).items()
-        if key not in hashed and value is not None
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {"version": atlas.__version__, "python": platform.python_version()}
-    for name in ("torch", "mlflow"):  # read, not imported
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def _user() -> str | None:
-    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
-        return getpass.getuser()
-    return None
 
 
 def _active(found: MlflowRun) -> MlflowRun:

@@ -20,9 +20,10 @@ from typing import Any
 
 from atlas.errors import AtlasError
 from atlas.lock import guarded
+from atlas.record import Record, lines, points_left
 from atlas.run import Run
-from atlas.shipper import Record, Writer, lines, points_left
 from atlas.store import Store, artifact_root, metrics, reason, say, tracking_uri
+from atlas.writer import Writer
 
 BATCH = 1000  # MLflow's limit of metrics in a request
 SMALLEST_BATCH = 50

@@ -27,8 +27,9 @@ import atlas.sync as syncing
 from atlas.cli import main
 from atlas.errors import AtlasError
 from atlas.journal import Journal
+from atlas.record import Record, masked, points_left
 from atlas.run import ROOT, Command, Run
-from atlas.shipper import NullShipper, Record, Shipper, masked, open_shipper, points_left
+from atlas.shipper import NullShipper, Shipper, open_shipper
 from atlas.store import MlflowClient, create_sqlite, valid_key
 from atlas.sync import sync
 
