@@ -27,6 +27,7 @@ def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
     trust.use_modules(run.config_file, head["sys_path"])
     adopted = copy.deepcopy(trust.config_of(run))
     del adopted["run"]
+    adopted["fresh"] = False  # how the run was begun, not how it goes on
     add_new_keys(adopted)
     typed = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in command.overrides]
     foreign = [k for k in typed if not is_excluded(k) and k not in CUT]

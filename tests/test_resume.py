@@ -105,7 +105,7 @@ def test_fresh_moves_the_old_run_aside(tmp_path):
 
 
 def test_resume_by_id_keeps_the_runs_own_configuration(tmp_path, undisturbed):
-    process = start(*quick(tmp_path, "model.pause=0.02"))
+    process = start(*quick(tmp_path, "model.pause=0.02", "fresh=true"))
     run = wait_for_step(tmp_path, 5)
     kill(process)
     refused = train(f"resume={run.name}", f"outputs={tmp_path}", "seed=3", code=1)
