@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ WITH_VALUE = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
     *("--package", "-p", "--cfg", "-c", "--info", "-i", "--experimental-rerun", "--config"),
 )
+# A run's id of digits alone, or as 12345e6789, which Hydra takes for a number.
+NUMBER = re.compile(r"(?<=[=,])\d+(e\d+)?(?=,|$)")
 # Set by a person who wants to see where an error comes from.
 FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
 
@@ -89,7 +92,8 @@ def start(main: Callable[[], Any]) -> None:
     outlive()
     sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
     with reported():
-        sys.argv[1:] = options_first(torchrun.without_launcher_arguments(taken(sys.argv[1:])))
+        arguments = torchrun.without_launcher_arguments(taken(sys.argv[1:]))
+        sys.argv[1:] = ids_as_text(options_first(arguments))
         if not torchrun.is_torchrun():
             if _is_sweep(sys.argv) and not any(a.startswith("cluster=") for a in sys.argv):
                 warm_context()  # it imports torch while the sweep is composed
@@ -116,6 +120,16 @@ def options_first(arguments: Sequence[str]) -> list[str]:
         if argument in WITH_VALUE and (value := next(waiting, None)) is not None:
             options.append(value)
     return [*options, *overrides]
+
+
+def ids_as_text(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with quotes around ids of runs that would be read as numbers."""
+    return [
+        NUMBER.sub(r"'\g<0>'", argument)
+        if argument.startswith(("resume=", "init_from="))
+        else argument
+        for argument in arguments
+    ]
 
 
 def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:

@@ -231,13 +231,18 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         (["trainer.steps=300"], ["schedule.warmup=1000 must be below trainer.steps=300"]),
         (["data=lerobot", "seed=-1"], ["data.root", "not set", "data.root=…", "seed=-1"]),
         (["resume=nope"], ["'nope' names no run"]),
+        (["resume=1234567890"], ["'1234567890' names no run"]),
         (["init_from=nope"], ["init_from=nope", "no run"]),
+        (["init_from=12345e6789"], ["init_from=12345e6789: '12345e6789' names no run"]),
         (
             ["--config-dir", str(ROOT / "tests" / "own"), "model=net", "trainer.stpes=3"],
             ["trainer.stpes", "did you mean 'steps'"],
         ),
     ],
-    ids=["key", "option", "values", "warmup", "missing", "resume", "init_from", "own folder"],
+    ids=[
+        *("key", "option", "values", "warmup", "missing", "resume", "resume digits"),
+        *("init_from", "init_from digits", "own folder"),
+    ],
 )
 def test_command_line(tmp_path, arguments, parts):
     done = train(f"outputs={tmp_path}/o", *arguments)
