@@ -115,7 +115,10 @@ def cut_otherwise(run: Run, config: Mapping[str, Any], world_size: int) -> list[
         other = Run(path.parent)
         if ".old-" in other.id or other.state in ("finished", None):
             continue
-        theirs = flat(other.identity)
+        try:
+            theirs = flat(other.identity)
+        except AtlasError:  # damaged, and no matter of this run
+            continue
         theirs.pop("effective_batch", None)
         if theirs == mine:
             found.append(other)

@@ -110,8 +110,17 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """The frozen configuration as plain values; `run` is the head that Atlas added."""
-        with open(self.config_file) as file:
-            return dict(yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        try:
+            with open(self.config_file) as file:
+                found = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            found = None
+        if not isinstance(found, dict):
+            raise AtlasError(
+                f"{self.config_file} is damaged: it holds no configuration; the command that "
+                "started the run writes it anew"
+            )
+        return found
 
     def use_modules(self) -> None:
         """Put the folders of the person's own modules on `sys.path`, as they were at submit."""
@@ -125,10 +134,10 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """`status.json` as it was last written, an empty dictionary before that."""
+        """`status.json` as it was last written; empty before that, and where a crash emptied it."""
         try:
             return dict(json.loads(self.status_file.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):
             return {}
 
     @property

@@ -19,6 +19,10 @@ from commands import (
     weights,
 )
 
+from atlas.cli import main
+from atlas.resume import cut_otherwise
+from atlas.run import Run
+
 WORKERS = ("data.workers=0", "data.workers=2")
 
 
@@ -192,3 +196,18 @@ def test_a_run_of_an_older_atlas_lacks_keys_that_may_be_null(tmp_path):
     file.write_text("\n".join(kept) + "\n")
     train(f"resume={run.name}", f"outputs={tmp_path}")
     assert status(run)["state"] == "finished"
+
+
+@pytest.mark.parametrize("text", ["", "{", "null"])
+def test_a_crash_that_emptied_a_runs_files(tmp_path, capsys, text):
+    """A machine that loses power can leave a file without its content."""
+    run = Run(tmp_path / "name" / "0123456789")
+    run.path.mkdir(parents=True)
+    run.status_file.write_text(text)
+    run.config_file.write_text(text)
+    assert run.status == {} and run.state is None
+    assert main(["sync", str(run.path)]) == 1
+    assert "config.yaml is damaged: it holds no configuration" in capsys.readouterr().err
+    run.update_status(state="killed")
+    config = {"data": {"batch_size": 1}, "trainer": {"accumulate": 1}}
+    assert cut_otherwise(Run(run.path.with_name("other")), config, 1) == []
