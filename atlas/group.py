@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def score(run: Run, objective: str) -> float | None:
         return float(best["value"])
     sign, metric = (-1.0, objective[1:]) if objective.startswith("-") else (1.0, objective)
     values = [sign * line[metric] for line in journal.read(run.journal_file) if metric in line]
-    return min(values) if values else None
+    return min(filter(math.isfinite, values), default=None)
 
 
 def without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

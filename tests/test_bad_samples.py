@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from commands import (
     quick,
     same,
     start,
+    status,
     train,
     wait_for_step,
     weights,
@@ -23,6 +26,7 @@ from commands import (
 from atlas.errors import BadSampleError
 from atlas.training.distributed import World
 from atlas.training.stream import Fetcher, TrainStream, ValidationStream
+from atlas.training.trainer import Trainer, TrainState
 from atlas.training.workers import ending
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -124,6 +128,31 @@ def test_where_all_are_bad_it_is_an_error(caplog):
         pytest.raises(BadSampleError, match="100 samples drawn in place of sample 1"),
     ):
         fetcher.good(np.array([1]), [0], refill=True)
+
+
+def test_a_validation_of_nothing_is_not_the_best(tmp_path):
+    nothing = ("data.val._target_=own_parts.Holes", "data.val.samples=3", "+data.val.nan=[0,1,2]")
+    train(*quick(tmp_path, *nothing, "+data.on_bad=skip", "trainer.steps=8"))
+    run = only_run(tmp_path)
+    assert math.isnan(points(run)[8, "val/loss"])
+    assert status(run)["best"] is None and not (run / "checkpoints" / "best").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "losses, best, worse",
+    [
+        ([0.3, 0.2, 0.4], 0.2, 1),
+        ([math.nan, 0.4, math.nan, 0.3], 0.3, 0),
+        ([0.4, -math.inf, math.inf], 0.4, 2),
+        ([math.nan, math.nan], None, 2),
+    ],
+)
+def test_what_is_not_finite_is_never_the_best(losses, best, worse):
+    trainer = SimpleNamespace(state=TrainState())
+    for loss in losses:
+        Trainer._judge(trainer, loss)
+    assert (trainer.state.best and trainer.state.best["value"]) == best
+    assert trainer.state.worse == worse
 
 
 def test_the_run_that_stops_names_sample_and_row(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -297,7 +298,8 @@ class Trainer:
 
     def _judge(self, loss: float) -> bool:
         best = self.state.best
-        improved = best is None or loss < best["value"]
+        # What is not finite is never the best: nothing would be smaller than it.
+        improved = math.isfinite(loss) and not (best and best["value"] <= loss)
         self.state.validated = self.state.step
         self.state.worse = 0 if improved else self.state.worse + 1
         if improved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -76,7 +77,8 @@ class Validation:
         forward = calls(self._on_device(model))
         with ending(iter(self._stream)) as batches:
             sums = self._measure(forward, interrupted, lambda: wait(lambda: _next(batches)))
-        weight = max(sums.pop("weight"), 1e-12)
+        # The mean of nothing, where every sample was left out, is no loss of 0.
+        weight = sums.pop("weight") or math.nan
         metrics = {f"val/{name}": value / weight for name, value in sums.items()}
         metrics.update(self._against_baselines(metrics))
         metrics.update(self._rollouts(model, calls))
