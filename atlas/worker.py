@@ -37,7 +37,8 @@ def main(path: str | Path) -> int:
         try:
             with Stop() as stop, held(run, rank) as lock:
                 return enter(run, lock, stop)
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            # A person's own code may end the process, with 0 too; the run has not ended by that.
             if not isinstance(error, RunBusyError):  # then the records are another process's
                 with contextlib.suppress(OSError):
                     record(run, rank, error)

@@ -105,3 +105,10 @@ def test_the_run_that_failed_says_why_and_where(tmp_path, ranks):
     assert last.startswith(
         f"failed: rank {told['rank']} on {told['host']} in update {told['step']}: NaN:"
     )
+
+
+def test_code_of_a_persons_own_that_exits_has_not_finished_the_run(tmp_path):
+    done = train(*quick(tmp_path, "~data.train", "+data.train={_target_: sys.exit}"), code=1)
+    assert "SystemExit" in done.stderr and "the run failed; its log is" in done.stderr
+    told = json.loads((only_run(tmp_path) / "logs" / "failure.json").read_text())
+    assert told["kind"] == "crash" and "SystemExit" in told["reason"]
