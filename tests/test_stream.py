@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from atlas import reasons
 from atlas.errors import ConfigError
 from atlas.training import workers
 from atlas.training.distributed import World
@@ -139,6 +142,33 @@ def test_one_sample_in_a_large_batch():
 
 
 CUTS = [(1, 4, 4), (2, 2, 4), (4, 1, 4), (1, 1, 16), (2, 1, 8)]
+
+
+class Torn:
+    """What a data worker has left when SIGKILL, or its own code, has ended it."""
+
+    def __init__(self, error: Exception, number: int) -> None:
+        self.error = error
+        fork = multiprocessing.get_context("fork")
+        self._workers = [fork.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+        for worker in self._workers:
+            worker.start()
+        os.kill(self._workers[1].pid, number)
+
+    def __next__(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104), EOFError(), RuntimeError("exited")])
+@pytest.mark.parametrize(
+    "number, kind", [(signal.SIGKILL, reasons.MEMORY), (signal.SIGTERM, reasons.CRASH)]
+)
+def test_a_data_worker_that_was_killed_is_the_error(error, number, kind):
+    torn = Torn(error, number)
+    with pytest.raises((OSError, EOFError, RuntimeError)) as raised:
+        workers.following(torn)
+    assert reasons.kind(raised.value) == kind
+    torn._workers[0].kill()
 
 
 @pytest.mark.parametrize(

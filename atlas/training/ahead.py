@@ -8,6 +8,7 @@ from typing import Any
 
 from atlas.stop import Stop, StopWaiting
 from atlas.training.stream import Batch, TrainStream
+from atlas.training.workers import following
 
 
 class ReadAhead:
@@ -34,7 +35,7 @@ class ReadAhead:
         began = time.perf_counter()
         try:
             for micro in range(self._accumulate):
-                ids, batch = self._stop.wait(lambda: next(batches))
+                ids, batch = self._stop.wait(lambda: following(batches))
                 if self._stream.skips:
                     self.replaced += self._stream.replaced(step, micro, ids)
                 self._held.append(batch)

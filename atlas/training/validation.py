@@ -18,7 +18,7 @@ from atlas.training.gradient import scalars
 from atlas.training.randomness import StepSeeds
 from atlas.training.stream import ValidationStream, to_device
 from atlas.training.together import Calls
-from atlas.training.workers import ending
+from atlas.training.workers import ending, following
 
 
 class Interrupted(Exception):
@@ -166,7 +166,10 @@ class Validation:
 
 def _next(batches: Iterator[tuple[int, int, Any]]) -> tuple[int, int, Any]:
     """This rank's next batch; None for one where others have more."""
-    return next(batches, (0, 0, None))
+    try:
+        return following(batches)
+    except StopIteration:
+        return 0, 0, None
 
 
 def rounds(samples: int, batch_size: int, batches: int | None, world_size: int) -> int:

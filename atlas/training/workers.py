@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 START_S = 20.0  # a forked process needs thousandths of a second
 ATTEMPTS = 5
+DIE_S = 0.5  # between what a process that ends leaves torn, and its end
 
 
 def answers(
@@ -42,6 +43,21 @@ def answers(
         log.warning("a data worker did not start within %.0f s; all are started anew", START_S)
         end(batches)
     raise AtlasError(f"data.workers={workers}: they did not start in {ATTEMPTS} attempts")
+
+
+def following(batches: Iterator[T]) -> T:
+    """The next of `batches`; where a data worker was killed, that is the error.
+
+    Without this it would often be one of the connection over which the worker had sent a batch.
+    """
+    try:
+        return next(batches)
+    except (OSError, EOFError, RuntimeError) as error:
+        if pid := _killed(getattr(batches, "_workers", ())):
+            raise RuntimeError(
+                f"DataLoader worker (pid {pid}) is killed by signal: Killed"
+            ) from error
+        raise
 
 
 @contextlib.contextmanager
@@ -65,6 +81,17 @@ def end(batches: Any) -> None:
         for worker in batches._workers:
             worker.kill()
         batches._shutdown_workers()
+
+
+def _killed(workers: Iterable[Any]) -> int | None:
+    """The pid of a worker that SIGKILL has ended; one that is about to end is waited for."""
+    deadline = time.monotonic() + DIE_S
+    while workers and time.monotonic() < deadline:
+        for worker in workers:
+            if worker.exitcode is not None:
+                return worker.pid if worker.exitcode == -signal.SIGKILL else None
+        time.sleep(0.01)
+    return None
 
 
 def _loader(
