@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import re
 import socket
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from atlas.errors import ConfigError
 from atlas.schedule import Constant
 from atlas.training import distributed
 from atlas.training.distributed import World
@@ -172,7 +174,7 @@ def test_what_is_not_finite_is_known_by_its_step(value, where):
 
 def test_scalars_are_not_summed_where_nothing_is_logged():
     sums = Sums(detailed=False)
-    sums.add({"loss": torch.tensor(2.0), "other": torch.tensor(3.0)})
+    sums.add({"loss": torch.tensor(2.0, requires_grad=True), "other": torch.tensor(3.0)})
     assert set(sums.means()) == {"train/loss"}
 
 
@@ -245,3 +247,25 @@ def test_the_same_gradient_over_ranks(two_ranks, weight, detailed):
     for rank in two_ranks:
         gradient, loss = rank[weight, detailed]
         assert gradient < 1e-5 and loss < 1e-6
+
+
+@pytest.mark.parametrize(
+    "out, words",
+    [
+        (None, "model(batch) returns NoneType; it must return a dictionary with `loss`"),
+        ({"l": 1.0}, "returns dict with l; it must return a dictionary"),
+        (torch.ones(()), "returns Tensor; it must"),
+        ({"loss": 0.5}, "`loss` is float; it must be a tensor of one number"),
+        ({"loss": torch.ones(3)}, "`loss` is [3]"),
+        ({"loss": torch.ones(())}, "`loss` has no gradient, as after detach()"),
+    ],
+    ids=["nothing", "another name", "bare", "float", "vector", "detached"],
+)
+def test_what_is_no_loss_is_told(out, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Sums(detailed=True).add(out)
+
+
+def test_a_loss_of_one_number_in_a_list_is_that_number():
+    loss = Sums(detailed=True).add({"loss": torch.ones(1, requires_grad=True)})
+    assert loss.shape == () and loss.requires_grad

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from atlas.errors import ConfigError
 from atlas.training.distributed import World, is_cut
 from atlas.training.optim import Optimizer, total_norm
 
@@ -31,7 +32,7 @@ class Sums:
 
     def add(self, out: Mapping[str, Any]) -> torch.Tensor:
         """Take in what the model returned; gives the tensor to call `backward` on."""
-        loss = out["loss"]
+        loss = loss_of(out, trained=True)
         weight = out.get("weight")
         total = loss if weight is None else loss * weight
         self.loss = self.loss + total.detach()
@@ -117,6 +118,26 @@ class Gradient:
 def clip_factor(norm: torch.Tensor, largest: float) -> torch.Tensor:
     """What brings a gradient of `norm` down to `largest` (as `torch.nn.utils.clip_grad_norm_`)."""
     return torch.clamp(largest / (norm + 1e-6), max=1.0)
+
+
+def loss_of(out: Any, trained: bool) -> torch.Tensor:
+    """The loss in what a model returned; `ConfigError` where that is not what is needed of it."""
+    if not isinstance(out, Mapping) or "loss" not in out:
+        raise ConfigError(
+            f"model._target_: model(batch) returns {type(out).__name__}"
+            + (f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else "")
+            + "; it must return a dictionary with `loss`"
+        )
+    loss = out["loss"]
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        shape = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise ConfigError(f"model._target_: `loss` is {shape}; it must be a tensor of one number")
+    if trained and not loss.requires_grad:
+        raise ConfigError(
+            "model._target_: `loss` has no gradient, as after detach() or a conversion to whole "
+            "numbers; it must depend on a parameter that is trained"
+        )
+    return loss.reshape(()) if loss.ndim else loss
 
 
 def scalars(out: Mapping[str, Any]) -> dict[str, Number]:

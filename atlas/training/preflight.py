@@ -22,6 +22,7 @@ from atlas.config import is_sharded
 from atlas.errors import AtlasError, ConfigError
 from atlas.training import features, optim, sharding
 from atlas.training.build import build_data, build_model, build_optimizer, needs_spec
+from atlas.training.gradient import loss_of
 from atlas.training.stream import Fetcher, Order, on_bad, to_device
 
 T = TypeVar("T")
@@ -171,7 +172,7 @@ def _with_weights(
 
 
 def _forward(model: nn.Module, batch: Any) -> None:
-    _loss(model(batch))
+    loss_of(model(batch), trained=model.training)
 
 
 def _batch(dataset: Any, config: Mapping[str, Any]) -> Any:
@@ -179,20 +180,6 @@ def _batch(dataset: Any, config: Mapping[str, Any]) -> Any:
     seed = int(config["seed"])
     ids = Order(len(dataset), seed).ids(0, count)
     return Fetcher(dataset, seed, on_bad(config)).good(ids, range(count), refill=True)[1]
-
-
-def _loss(out: Any) -> None:
-    """Raise `ConfigError` where a model's output is not what the trainer needs."""
-    if not isinstance(out, Mapping) or "loss" not in out:
-        raise ConfigError(
-            f"model._target_: model(batch) returns {type(out).__name__}"
-            + (f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else "")
-            + "; it must return a dictionary with `loss`"
-        )
-    loss = out["loss"]
-    if not isinstance(loss, torch.Tensor) or loss.ndim:
-        shape = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise ConfigError(f"model._target_: `loss` is {shape}; it must be a tensor of one number")
 
 
 def _is_meta(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from atlas.stop import StopWaiting
 from atlas.training.distributed import World
-from atlas.training.gradient import scalars
+from atlas.training.gradient import loss_of, scalars
 from atlas.training.randomness import StepSeeds
 from atlas.training.stream import ValidationStream, to_device
 from atlas.training.together import Calls
@@ -101,9 +101,10 @@ class Validation:
                 continue
             self._seeds.validation(chunk)
             out = forward(batch)
+            loss = loss_of(out, trained=False)
             weight = out.get("weight", float(count))
             sums["weight"] = sums["weight"] + weight
-            for name, value in {"loss": out["loss"], **scalars(out)}.items():
+            for name, value in {"loss": loss, **scalars(out)}.items():
                 # In float64 and on the device: exact enough for any size, and nothing waits.
                 sums[name] = sums.get(name, 0.0) + double(value) * double(weight)
         for _ in range(2):  # asked, and answered: a rank may have left out a batch
