@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from atlas.config import check, not_set
-from atlas.errors import EXIT_DONE, AtlasError, ConfigError
+from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, AtlasError, ConfigError
 from atlas.identity import flat
 from atlas.plan import outline, summary
 from atlas.resume import adopt, announce, check_source, keep_effective_batch
@@ -186,6 +186,8 @@ def reported() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
     try:
         yield
+    except KeyboardInterrupt:  # nothing runs yet, so nothing is lost
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except Exception as error:
         known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
         if FULL_ERROR or not (known or is_hydras(error)):

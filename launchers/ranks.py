@@ -30,7 +30,12 @@ def warm_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # `__main__` too: otherwise every rank would import train.py, and Hydra with it.
     context.set_forkserver_preload(["__main__", "launchers.warm"])
-    multiprocessing.forkserver.ensure_running()
+    # A terminal's Ctrl-C reaches it too: while it imports, that would end it, and the start of ranks.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
     return context
 
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from commands import (
     ROOT,
+    command,
     environment,
     kill,
     lines,
@@ -24,6 +25,8 @@ from commands import (
     wait_for_step,
     weights,
 )
+
+from launchers.launch import reported
 
 SMALL = (
     "cluster.device=cpu",
@@ -261,6 +264,31 @@ def alive(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_interrupted_while_the_ranks_start(tmp_path):
+    """A terminal sends Ctrl-C to every process of the launcher, whatever they are at."""
+    process = subprocess.Popen(
+        command(*quick(tmp_path, "cluster.nproc_per_node=2")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    while not list(tmp_path.glob("*/*/config.yaml")):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode in (75, 130) and "Traceback" not in said, said
+
+
+def test_interrupted_before_a_run_is_there(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which `reported` sets
+    with pytest.raises(SystemExit) as left, reported():
+        raise KeyboardInterrupt
+    assert left.value.code == 130
 
 
 def test_a_failing_rank_is_told_once(tmp_path):
