@@ -178,14 +178,22 @@ def composed(command: Sequence[str]) -> Mapping[str, Any]:
     target = str(config["cluster"].get("_target_"))
     if not target.startswith("launchers.local."):
         raise AtlasError(f"cluster is {target}: the check is run on this machine, cluster=local")
+    if config["resume"]:
+        raise AtlasError(
+            f"resume={config['resume']}: the check trains runs of its own; leave it out and give what "
+            "the run was started with"
+        )
     return config
 
 
 def shortened(config: Mapping[str, Any], steps: int, kill_at: int) -> Iterator[str]:
     """Overrides that make a run of `steps` updates of `config` which can be compared."""
-    yield from (f"trainer.steps={steps}", "tracking=none", "trainer.progress=false", "fresh=false")
+    yield from (f"trainer.steps={steps}", "tracking=none", "trainer.progress=false")
+    yield from ("fresh=false", "dry_run=false")
     yield from ("trainer.log_interval=1", "trainer.log_samples=true", "trainer.keep=1")
     yield from (f"trainer.save_interval={kill_at}", "trainer.max_time=null")
+    if config["init_from"]:  # an id is below the person's outputs, and these runs have their own
+        yield f"init_from='{Run.find(str(config['init_from']), config['outputs']).path}'"
     warmup = (config.get("schedule") or {}).get("warmup")
     if isinstance(warmup, int) and warmup >= steps:
         yield f"schedule.warmup={steps // 4}"

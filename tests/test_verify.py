@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from commands import OWN
+from commands import OWN, only_run, quick, train
 
 from atlas.cli import main
 from atlas.training.twins import differences
@@ -30,6 +30,13 @@ def test_equal(capfd, arguments):
     assert "EQUAL TO THE BIT" in said and "sample ids of" in said
 
 
+def test_what_says_where_a_run_is_does_not_matter(capfd, tmp_path):
+    train(*quick(tmp_path, "trainer.steps=5"))
+    about = (f"outputs={tmp_path}", f"init_from={only_run(tmp_path).name}", "dry_run=true")
+    assert verify("--steps", "8", *OWN_QUICK, *about) == 0
+    assert "EQUAL TO THE BIT" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_equal_with_ranks(capfd, ranks):
@@ -53,8 +60,10 @@ def test_a_model_that_is_not_reproducible(capfd):
         ([*OWN_QUICK, "trainer.stpes=3"], "did you mean 'steps'"),
         ([*OWN_QUICK, "cluster=slurm"], "cluster=local"),
         ([*OWN_QUICK, "+data.train.bad=3"], "NaN or infinite in update"),
+        ([*OWN_QUICK, "resume=0123456789"], "resume=0123456789: the check trains runs of its own"),
+        ([*OWN_QUICK, "init_from=nope"], "'nope' names no run below outputs"),
     ],
-    ids=["steps", "kill-at", "key", "slurm", "failing"],
+    ids=["steps", "kill-at", "key", "slurm", "failing", "resume", "init_from"],
 )
 def test_what_cannot_be_compared(capfd, arguments, words):
     assert verify(*arguments) == 1
