@@ -114,7 +114,12 @@ def verify(args: argparse.Namespace) -> int:
 def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN, where to compute, and where to write."""
     run_argument(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where to compute (default: %(default)s)",
+    )
     parser.add_argument(
         "--out", help="folder for evaluation.json and .png (default: the run's directory)"
     )

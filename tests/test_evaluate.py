@@ -178,6 +178,16 @@ def observation(seed: int = 0) -> dict[str, Any]:
     return {"images": images, "state": rng.normal(size=3), "instruction": "Open the drawer"}
 
 
+@pytest.mark.parametrize("command", [["evaluate", "--device", "cpu"], ["export"]])
+def test_a_folder_that_cannot_be_made_is_told_at_once(
+    run: Run, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    out = run.config_file / "out"
+    assert cli.main([*command, str(run.path), "--out", str(out)]) == 1
+    said = capsys.readouterr()
+    assert f"--out {out} cannot be made (Not a directory)" in said.err and not said.out
+
+
 def test_an_exported_policy_acts_as_the_run(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     assert cli.main(["export", str(run.path), "--out", str(folder)]) == 0

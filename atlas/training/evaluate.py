@@ -19,6 +19,7 @@ from atlas.errors import AtlasError
 from atlas.lock import replace
 from atlas.run import Run
 from atlas.training.build import build_data
+from atlas.training.export import made
 from atlas.training.policy import Policy, load_policy
 from atlas.training.randomness import StepSeeds
 from atlas.training.stream import Fetcher, on_bad
@@ -36,6 +37,7 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
     returns what the former holds. Raises `AtlasError` where the run has no checkpoint or its data
     no validation split.
     """
+    folder = made(out or run.path)  # known to be there before what takes minutes
     policy = load_policy(run.path, device)
     config = config_of(run)
     train, val = build_data(config)
@@ -63,8 +65,6 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
         "rollout_baselines": rollout_baselines(val),
         "created": round(time.time(), 3),
     }
-    folder = out or run.path
-    folder.mkdir(parents=True, exist_ok=True)
     replace(folder / run.evaluation_file.name, json.dumps(plain(found), indent=1) + "\n")
     if (episode := predictions.episode(joints)) is not None:
         trajectories.draw(episode, folder / run.evaluation_picture.name)

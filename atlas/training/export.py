@@ -64,9 +64,8 @@ def write(run: Run, out: Path) -> list[Path]:
     from safetensors.torch import save_file
 
     saved = read_run(run)
-    if out.exists() and any(out.iterdir()):
+    if any(made(out).iterdir()):
         raise AtlasError(f"--out {out} is not empty; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)
     # Each tensor by itself: safetensors takes none that share memory.
     weights = {name: value.detach().clone().contiguous() for name, value in saved.weights.items()}
     temporary = out / f".{WEIGHTS}.{os.getpid()}"
@@ -89,6 +88,17 @@ def write(run: Run, out: Path) -> list[Path]:
     }
     replace(out / POLICY, json.dumps(content, indent=1) + "\n")
     return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def made(out: Path) -> Path:
+    """The folder `out`, which is there from now on; `AtlasError` where it cannot be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AtlasError(f"--out {out} cannot be made ({error.strerror}); name a folder") from error
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise AtlasError(f"{out} cannot be written to; name another folder with --out")
+    return out
 
 
 def read(folder: str | Path) -> Saved:
