@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -25,6 +25,11 @@ def explain(error: Exception, conf: Path, check: Callable[[dict[str, Any]], None
     """
     if isinstance(error, AtlasError):
         return str(error)
+    if is_of_a_file(error):
+        return (
+            f"{error.filename}: {error.strerror}; runs are written below outputs/name, which have to "
+            "be folders that can be written to"
+        )
     overrides = [a for a in sys.argv[1:] if a.startswith("~") or (a[:1] != "-" and "=" in a)]
     problems = [words(error)]
     while (culprit := _culprit(error, overrides)) is not None:
@@ -79,6 +84,12 @@ def is_hydras(error: Exception) -> bool:
         trace = trace.tb_next
     folder = Path(hydra.__file__).parent
     return trace is not None and folder in Path(trace.tb_frame.f_code.co_filename).parents
+
+
+def is_of_a_file(error: Exception) -> TypeGuard[OSError]:
+    """Whether the operating system refused a file: a name too long, no permission, a full disk."""
+    # One of Hydra's errors, of an option that is not there, is an OSError too.
+    return isinstance(error, OSError) and bool(error.strerror and error.filename)
 
 
 def _culprit(error: Exception, overrides: list[str]) -> str | None:

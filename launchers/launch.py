@@ -26,7 +26,7 @@ from atlas.terminal import outlive
 from atlas.trust import taken
 from launchers import torchrun
 from launchers.base import Launcher
-from launchers.explain import explain, first_line, is_hydras
+from launchers.explain import explain, first_line, is_hydras, is_of_a_file
 from launchers.ranks import warm_context
 
 # Hydra's options that are followed by a value; --config is Atlas's own, of atlas/train.py.
@@ -190,6 +190,7 @@ def reported() -> Iterator[None]:
         raise SystemExit(EXIT_INTERRUPTED) from None
     except Exception as error:
         known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
+        known = known or is_of_a_file(error)
         if FULL_ERROR or not (known or is_hydras(error)):
             raise
         print(f"error: {explain(error, ROOT / 'conf', check)}", file=sys.stderr)

@@ -255,6 +255,24 @@ def test_command_line(tmp_path, arguments, parts):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("outputs", "name", "words"),
+    [
+        ("new", "x" * 300, "File name too long"),
+        ("x" * 300, "a", "File name too long"),
+        (".", "file", "Not a directory"),
+        ("gone", "a", "File exists"),
+    ],
+    ids=["name too long", "outputs too long", "a file in the way", "a link to nowhere"],
+)
+def test_where_no_run_can_be_written(tmp_path, outputs, name, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to("nowhere")
+    done = train(f"outputs={tmp_path / outputs}", f"name={name}")
+    assert done.returncode == 1 and words in done.stderr and str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr and "outputs/name" in done.stderr
+
+
 def leaves(path: Path) -> Iterator[tuple[str, str]]:
     """(key, line) of every leaf in a YAML file: of every scalar and every list."""
 
