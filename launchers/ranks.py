@@ -30,12 +30,14 @@ def warm_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     # `__main__` too: otherwise every rank would import train.py, and Hydra with it.
     context.set_forkserver_preload(["__main__", "launchers.warm"])
-    # A terminal's Ctrl-C reaches it too: while it imports, that would end it, and the start of ranks.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What asks all processes to stop, as a terminal, Slurm and `timeout` do, is for the launcher. It
+    # would end this one, and with it the ranks.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ASKED}
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return context
 
 
