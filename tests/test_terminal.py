@@ -24,6 +24,12 @@ def begin(*arguments: str, **more: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command(*arguments), env=environment(), start_new_session=True, **more)
 
 
+def as_from_a_login() -> None:
+    """What a shell does between fork and exec; these tests may themselves be run under nohup."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def is_resumable(process: subprocess.Popen[bytes], run: Path, word: str) -> bool:
     process.wait(60)
     told = status(run)
@@ -47,7 +53,7 @@ def test_the_terminal_is_closed(tmp_path, ranks):
     process = begin(
         *quick(tmp_path, *LONG, f"cluster.nproc_per_node={ranks}", "trainer.progress=true"),
         **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=as_from_a_login,
     )
     os.close(theirs)
     while not list(tmp_path.glob("*/*/checkpoints/00000005")):
