@@ -167,8 +167,19 @@ def untouched(root: Path) -> None:
         (cut("meta/info.json", 0.5), {}, ["info.json: is not JSON"]),
         (edit_info(codebase_version="v1.6"), {}, ["codebase_version=v1.6 is not supported"]),
         (edit_info(fps=None), {}, ["info.json: lacks fps"]),
+        (
+            lambda root: (root / "meta/info.json").write_text("[]"),
+            {},
+            ["info.json: is JSON without keys"],
+        ),
+        (
+            edit_info(data_path="data/{episode}.parquet"),
+            {},
+            ["info.json: data_path=data/{episode}.parquet cannot be filled in", "episode_index"],
+        ),
         (untouched, {"cameras": ["hnad"]}, ["hnad is no video", "'hand'", "hand, top"]),
         (untouched, {"cameras": []}, ["data.cameras is empty", "hand, top"]),
+        (untouched, {"cameras": "top"}, ["data.cameras=top must be a list, as [top]"]),
         (
             untouched,
             {"state_key": "observation.stat", "action_key": "top"},

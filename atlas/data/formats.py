@@ -42,10 +42,10 @@ def _open_v2(root: Path, info: dict[str, Any]) -> Recordings:
         chunk = index // int(info["chunks_size"])
         place = {"episode_chunk": chunk, "episode_index": index}
         clips = {
-            camera: Clip(root / info["video_path"].format(video_key=camera, **place))
+            camera: Clip(_path(root, info, "video_path", video_key=camera, **place))
             for camera in videos(info)
         }
-        return Episode(index, length, root / info["data_path"].format(**place), clips)
+        return Episode(index, length, _path(root, info, "data_path", **place), clips)
 
     return Recordings(
         root,
@@ -101,16 +101,27 @@ def _episode(root: Path, info: dict[str, Any], file: Path, row: dict[str, Any]) 
     def path(template: str, place: str) -> Path:
         # "/" is part of a column's name here, and keys of a template cannot have one.
         parts = {part: int(row[f"{place}/{part}"]) for part in ("chunk_index", "file_index")}
-        return root / template.format(video_key=place.partition("/")[2], **parts)
+        return _path(root, info, template, video_key=place.partition("/")[2], **parts)
 
     clips = {
         camera: Clip(
-            path(info["video_path"], f"videos/{camera}"),
+            path("video_path", f"videos/{camera}"),
             float(row[f"videos/{camera}/from_timestamp"]),
         )
         for camera in videos(info)
     }
-    return Episode(index, length, path(info["data_path"], "data"), clips, shared=True)
+    return Episode(index, length, path("data_path", "data"), clips, shared=True)
+
+
+def _path(root: Path, info: dict[str, Any], key: str, **parts: Any) -> Path:
+    """The file that the template `key` of meta/info.json names for these `parts`."""
+    try:
+        return root / str(info[key]).format(**parts)
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{root / 'meta/info.json'}: {key}={info[key]} cannot be filled in with "
+            f"{', '.join(parts)}; copy it anew"
+        ) from error
 
 
 def _read_tasks(path: Path) -> dict[int, str]:
@@ -144,6 +155,8 @@ def _read_info(root: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON ({error}); copy it anew") from error
+    if not isinstance(info, dict):
+        raise ConfigError(f"{path}: is JSON without keys; copy it anew")
     version = info.get("codebase_version")
     if version not in (known := (*AN_EPISODE_A_FILE, *MANY_EPISODES_A_FILE)):
         raise ConfigError(

@@ -305,6 +305,8 @@ def _wrong_values(data: LeRobot) -> list[str]:
     size = data.image_size
     if isinstance(size, int) or [isinstance(n, int) and n > 0 for n in size] != [True, True]:
         problems.append(f"data.image_size={size} must be two numbers of pixels, as [56,56] (H, W)")
+    if isinstance(data.cameras, str):
+        problems.append(f"data.cameras={data.cameras} must be a list, as [{data.cameras}]")
     if data.interval is not None and not data.interval > 0:
         problems.append(f"data.interval={data.interval} must be null or a number of s above 0")
     for name, choices in (
