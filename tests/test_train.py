@@ -65,8 +65,16 @@ def test_policy_acts_on_raw_observations(outputs):
     assert np.isfinite(actions).all()
     other = policy.act({**observation, "state": np.full(2, 0.5)})
     assert not np.array_equal(actions, other)
-    with pytest.raises(atlas.errors.AtlasError, match="lacks"):
-        policy.act({**observation, "images": {}})
+    for wrong, words in (
+        ({"images": {}}, "lacks overhead, oblique"),
+        ({"images": [picture]}, "has 1 of the 2 cameras overhead, oblique"),
+        ({"state": np.zeros(3)}, r"has the shape \[3\]; the policy was trained with \[2\]"),
+    ):
+        with pytest.raises(atlas.errors.AtlasError, match=words):
+            policy.act({**observation, "state": np.full(2, 9.0), **wrong})
+    with pytest.raises(atlas.errors.AtlasError, match="observation lacks images, state"):
+        policy.act({"instruction": ""})
+    assert max(state.max() for state in policy._states) == 0.5, "what was refused is not remembered"
 
 
 def test_dry_run_writes_nothing(tmp_path):

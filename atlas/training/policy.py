@@ -21,6 +21,8 @@ from atlas.training.checkpoint import load_weights
 from atlas.training.distributed import choose_device
 from atlas.training.stream import to_device
 
+OBSERVED = ("images", "state", "instruction")
+
 
 class Policy:
     """Acts on one robot's observations; `reset` it when an episode begins.
@@ -53,12 +55,16 @@ class Policy:
         in the order of `spec["cameras"]`), `state` ([state_dim]) and `instruction` (text). Images
         of another size are resized; earlier states are remembered where the policy has a history.
         """
-        state = np.asarray(observation["state"], np.float32)
-        self._states.append(state)
+        if lacking := [key for key in OBSERVED if key not in observation]:
+            raise AtlasError(
+                f"observation lacks {', '.join(lacking)}; a policy acts on {', '.join(OBSERVED)}"
+            )
+        images = self._images(observation["images"])
+        self._states.append(self._state(observation["state"]))  # last: what is refused leaves none
         past = list(self._states)
         history = [past[0]] * ((self._states.maxlen or 1) - len(past)) + past
         batch = {
-            "images": self._images(observation["images"])[None],
+            "images": images[None],
             "state": torch.from_numpy(np.stack(history))[None],
             "instruction": [str(observation["instruction"])],
         }
@@ -70,6 +76,17 @@ class Policy:
         model: Any = self.model
         actions: torch.Tensor = model.act(to_device(batch, self.device))
         return actions.float().cpu()
+
+    def _state(self, state: Any) -> np.ndarray[Any, Any]:
+        """[state_dim], as it was in the data."""
+        found = np.asarray(state, np.float32)
+        size = (self.spec or {}).get("state_dim")
+        if size is not None and found.shape != (size,):
+            raise AtlasError(
+                f"observation['state'] has the shape {list(found.shape)}; the policy was trained "
+                f"with [{size}]"
+            )
+        return found
 
     def _images(self, images: Any) -> torch.Tensor:
         """[cameras, 3, H, W] uint8 at the size that the data had."""
@@ -83,6 +100,11 @@ class Policy:
                     f"with the cameras {', '.join(names)}"
                 )
             images = [images[name] for name in names]
+        if names and len(images) != len(names):
+            raise AtlasError(
+                f"observation['images'] has {len(images)} of the {len(names)} cameras "
+                f"{', '.join(names)}"
+            )
         return torch.stack([_resized(image, spec.get("image_size")) for image in images])
 
 
