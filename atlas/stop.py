@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LONGEST_S = 1e9  # of a timer of the operating system; 30 years
 
 # What a stop means, by signal: the state that the run is left in, and the words for it.
 STATES = {
@@ -65,7 +66,7 @@ class Stop:
         """Have `wait` give up from so many seconds from now on."""
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._expire)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, min(seconds, LONGEST_S))
 
     def wait(self, get: Callable[[], T]) -> T:
         """`get()`, given up with `StopWaiting` as soon as a stop is asked for."""

@@ -22,6 +22,7 @@ from commands import (
 from atlas.cli import main
 from atlas.resume import cut_otherwise
 from atlas.run import Run
+from atlas.stop import Stop
 
 WORKERS = ("data.workers=0", "data.workers=2")
 
@@ -160,6 +161,11 @@ def test_max_time_saves_and_stops(tmp_path):
     run = only_run(tmp_path)
     assert status(run)["reason"].startswith("trainer.max_time") and "is killed" in done.stdout
     assert 0 < status(run)["step"] < 24
+
+
+def test_a_time_limit_past_what_a_timer_takes():
+    with Stop() as stop:
+        stop.wait_no_longer_than(1e12)
 
 
 def test_mlflow_holds_every_point_of_a_killed_and_resumed_run_once(tmp_path):
