@@ -318,7 +318,7 @@ def reason(error: BaseException) -> str:
     code = re.search(r"failed with error code (\d+)|too many (\d+) error responses", text)
     if code:
         return f"it answers with HTTP status {code[1] or code[2]}"
-    short = re.search(r"\[Errno -?\d+\] ([^')\]]+)|(Read timed out)|(database is locked)", text)
+    short = re.search(r"\[Errno -?\d+\] ([^'\")\]]+)|(Read timed out)|(database is locked)", text)
     if short:
         return str(next(filter(None, short.groups())))
     first = text.strip().partition("\n")[0] or type(error).__name__
