@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -103,14 +104,20 @@ class Journal:
 
 
 def read(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
-    """The complete lines from byte `offset` on; a torn last line is left for later."""
+    """The complete lines from byte `offset` on; a torn last line is left for later.
+
+    What a damaged disk has made of a line must not keep a run from going on: it is left out.
+    """
     if not path.exists():
         return
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                with contextlib.suppress(ValueError):
+                    entry = json.loads(line)
+                    if isinstance(entry, dict) and "step" in entry:
+                        yield entry
 
 
 def cut_torn_line(path: Path) -> None:

@@ -82,6 +82,12 @@ def test_reading_leaves_a_torn_line_for_later_and_goes_on_from_an_offset(path):
     assert [line["step"] for line in read(path)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("damaged", [b'{"step": 1, "a', b"\0\0\0", b"\xff\xfe", b"[1]", b"{}", b""])
+def test_a_damaged_line_is_left_out(path, damaged):
+    path.write_bytes(b'{"step": 0}\n' + damaged + b'\n{"step": 2}\n')
+    assert [line["step"] for line in read(path)] == [0, 2]
+
+
 # (what stands, what is logged again from a step on, what is added, warnings)
 LOSS, OTHER = {"train/loss": 0.5}, {"train/loss": 0.25}
 VAL = {"val/loss": 0.7, "val/time_s": 1.5}
