@@ -20,6 +20,8 @@ SHARDINGS = ("fsdp2",)
 SECRETS = ("token", "password", "secret", "api_key", "access_key")  # whole words of a key's name
 IN_URI = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # user and password in an address
 
+IN_ADDRESS = re.compile(r"\?|%[0-9a-fA-F]{2}")  # what has a meaning of its own in an address
+
 
 @dataclass(frozen=True)
 class Key:
@@ -304,6 +306,13 @@ def _paths(config: Mapping[str, Any]) -> Iterator[str]:
         existing = next(p for p in (outputs, *outputs.parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             yield f"outputs={given}: {existing} is not a folder that can be written to"
+        kind, uri = _good(config, "tracking.kind"), _good(config, "tracking.uri")
+        own_store = kind == "mlflow" and not (uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        if own_store and IN_ADDRESS.search(str(outputs)):
+            yield (
+                f"outputs={given}: MLflow reads ? and %20 in the path of its database as parts of an "
+                "address; use another folder, or set tracking.uri or tracking=none"
+            )
     root = _lookup(config, "data.root")[1]
     on_hub = _lookup(config, "data.revision")[1] is not None
     if isinstance(root, str) and root != "???" and not on_hub and not Path(root).exists():

@@ -165,10 +165,12 @@ def test_one_thing_wrong(override, parts):
     [
         (["resume=abc", "fresh=true"], ["resume and fresh=true", "one of them"]),
         (["trainer.patience=3", "data.val=null"], ["trainer.patience=3", "no data.val", "null"]),
+        (["outputs='/tmp/a%20b'"], ["outputs=/tmp/a%20b: MLflow", "tracking.uri", "tracking=none"]),
         (["data=lerobot", "data.root=/none"], ["data.root=/none does not exist", "folder"]),
     ],
 )
-def test_one_contradiction(overrides, parts):
+def test_one_contradiction(monkeypatch, overrides, parts):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (problem,) = problems(*overrides)
     assert [part for part in parts if part not in problem] == []
 
