@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from atlas.errors import AtlasError, ConfigError, nearest
 
+MULTIPLIERS = "optim.lr_multipliers"
+
 
 def explain(error: Exception, conf: Path, check: Callable[[dict[str, Any]], None]) -> str:
     """Words for `error` and for all else that is wrong with the command line.
@@ -61,10 +63,12 @@ def words(error: Exception) -> str:
         key, parent = str(cause.full_key), cause.parent_node
         if isinstance(parent, DictConfig) and "not in struct" in str(cause):
             known = [str(name) for name in parent]
-            return (
-                f"{key} is not a key of the configuration{nearest(key.rpartition('.')[2], known)}"
-                f" (to add a key of your own: +{key}=…)"
-            )
+            own = f"to add a key of your own: +{key}=…"
+            if key.startswith(f"{MULTIPLIERS}."):  # where + would take a path's dots for levels
+                module = key.removeprefix(f"{MULTIPLIERS}.")
+                own = f"another module of the model: '++{MULTIPLIERS}={{{module}:…}}'"
+            near = nearest(key.rpartition(".")[2], known)
+            return f"{key} is not a key of the configuration{near} ({own})"
         return f"{key}: {first_line(cause)}"
     text = " ".join(str(error).split())
     if isinstance(error, HydraException):

@@ -231,6 +231,10 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
             ["trainer.steps='many'", "seed=-1", "'fp61'", "tracking.token", "4 problems"],
         ),
         (["trainer.steps=300"], ["schedule.warmup=1000 must be below trainer.steps=300"]),
+        (
+            ["optim.lr_multipliers.lang_encodr=1", "optim.lr_multipliers.fusion.layers=0"],
+            ["did you mean 'lang_encoder'", "'++optim.lr_multipliers={fusion.layers:…}'"],
+        ),
         (["data=lerobot", "seed=-1"], ["data.root", "not set", "data.root=…", "seed=-1"]),
         (["resume=nope"], ["'nope' names no run"]),
         (["resume=1234567890"], ["'1234567890' names no run"]),
@@ -242,7 +246,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         ),
     ],
     ids=[
-        *("key", "option", "values", "warmup", "missing", "resume", "resume digits"),
+        *("key", "option", "values", "warmup", "modules", "missing", "resume", "resume digits"),
         *("init_from", "init_from digits", "own folder"),
     ],
 )
