@@ -213,7 +213,7 @@ def test_norm_and_clipping_equal_torch(size, clip):
     theirs = nn.utils.clip_grad_norm_(other.parameters(), clip or float("inf"))
     assert float(total_norm(held.gradients())) == pytest.approx(float(theirs), rel=1e-6)
     sums = Sums(detailed=False)
-    sums.add({"loss": torch.tensor(1.0)})
+    sums.add({"loss": torch.tensor(1.0, requires_grad=True)})
     norm, good = Gradient(held, World(0, 0, 1, CPU), clip).finish(0, sums)
     assert norm == pytest.approx(float(theirs), rel=1e-6) and good is None
     for mine, their in zip(model.parameters(), other.parameters(), strict=True):
