@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from atlas.errors import ConfigError, nearest
 from atlas.identity import flat
@@ -20,6 +21,7 @@ SHARDINGS = ("fsdp2",)
 SECRETS = ("token", "password", "secret", "api_key", "access_key")  # whole words of a key's name
 IN_URI = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # user and password in an address
 
+STORES = ("sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")  # beside http and https
 IN_ADDRESS = re.compile(r"\?|%[0-9a-fA-F]{2}")  # what has a meaning of its own in an address
 
 
@@ -162,6 +164,7 @@ def check(config: Mapping[str, Any]) -> None:
         *_secrets(config),
         *_relations(config),
         *_paths(config),
+        *_store(config),
     ]
     if problems:
         raise ConfigError(problems)
@@ -295,6 +298,33 @@ def _good(config: Mapping[str, Any], key: str) -> Any:
     """The value of `key` where it is a permitted one, else None."""
     value = _lookup(config, key)[1]
     return None if KEYS[key].problem(value) else value
+
+
+def _store(config: Mapping[str, Any]) -> Iterator[str]:
+    if _good(config, "tracking.kind") != "mlflow":
+        return
+    uri, name = _good(config, "tracking.uri"), "tracking.uri"
+    if not uri:
+        uri, name = os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
+    if uri and not _is_store(uri):
+        yield (
+            f"{name}={IN_URI.sub('://***@', uri)} is no address of a store; give "
+            "http://HOST:PORT of an MLflow server, sqlite:///FILE or another database's address"
+        )
+
+
+def _is_store(uri: str) -> bool:
+    """Whether MLflow takes `uri`: it says no to others only when the first point is to be sent."""
+    address = urlsplit(uri)
+    if address.scheme in ("http", "https"):
+        return bool(address.hostname)
+    if address.scheme in ("", "file") and uri not in STORES:
+        return os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
+    if (address.scheme.partition("+")[0] or uri) in STORES:
+        return True
+    from importlib.metadata import entry_points
+
+    return address.scheme in entry_points(group="mlflow.tracking_store").names
 
 
 def _paths(config: Mapping[str, Any]) -> Iterator[str]:

@@ -89,7 +89,17 @@ class Group:
             shown = "-" if missing else f"{value:.6g}"
             step = status.get("step", 0)
             lines.append(f"{shown:>12}  {state:<10} {step:>8}  {name:<12} {' '.join(swept)}")
-        return "\n".join([*lines, *failures])
+        return "\n".join([*lines, *failures, *self._unknown_objective()])
+
+    def _unknown_objective(self) -> list[str]:
+        """What to say where runs have ended and none of them has the objective."""
+        there = {key for run, _ in self.runs() for key in run.status.get("last") or ()}
+        if not there or self.scores():
+            return []
+        return [
+            f"no run has the metric of objective={self.objective}; there are: "
+            f"{', '.join(sorted(there))}"
+        ]
 
 
 def score(run: Run, objective: str) -> float | None:

@@ -49,6 +49,9 @@ def train(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]
     )
 
 
+NO_STORES = ("ftp://host", "http://", "file:///tmp/mlruns", "/tmp/mlruns", "mlruns")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -149,6 +152,10 @@ def test_nothing_is_wrong(overrides):
         ("+model.own={API_KEY: s3cr3t}", ["model.own.API_KEY", "environment"]),
         ("+data.hf_token=hf_abc", ["data.hf_token", "environment"]),
         ("tracking.uri=http://me:pa55@host", ["tracking.uri", "environment"]),
+        *(
+            (f"tracking.uri={uri}", ["no address of a store", "sqlite:///FILE"])
+            for uri in NO_STORES
+        ),
         # a name is a folder's
         ("name=../elsewhere", ["name='../elsewhere'", "folder"]),
         ("name=''", ["name=''"]),

@@ -70,6 +70,9 @@ def test_everything_wrong_is_told_once(tmp_path):
 def test_objective_is_a_metric_of_choice(tmp_path):
     done = sweep(tmp_path, "optim.lr=1e-3,1e-2", "objective=val/mae", "trainer.steps=8")
     assert done.stdout.splitlines()[-3].split()[0] == "val/mae"
+    done = sweep(tmp_path, "optim.lr=1e-3,1e-2", "objective=val/mea", "trainer.steps=8")
+    said = done.stdout.splitlines()[-1]
+    assert said.startswith("no run has the metric of objective=val/mea") and "val/mae" in said
     assert OWN.exists()
 
 

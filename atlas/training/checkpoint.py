@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from atlas.errors import AtlasError
+from atlas.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -201,8 +202,23 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def best_weights(reference: str, outputs: str | Path) -> dict[str, Any]:
+    """The weights of the run that `init_from` names to start another from."""
+    source = Run.find(reference, outputs)
+    saved = Checkpoints(source.checkpoints).best()
+    if saved is None:
+        raise AtlasError(f"init_from={reference}: {source.path} holds no checkpoint")
+    return averaged(saved)
+
+
 def load_weights(model: torch.nn.Module, state: Mapping[str, Any], origin: str) -> None:
     """Load `state` into `model`, or raise `AtlasError` listing every tensor that differs."""
+    compare(model, state, origin)
+    model.load_state_dict(state)
+
+
+def compare(model: torch.nn.Module, state: Mapping[str, Any], origin: str) -> None:
+    """Raise `AtlasError` where `state` is not `model`'s; that one may be on the meta device."""
     own = model.state_dict()
     problems = [
         *(f"  {name}: only in the model" for name in own if name not in state),
@@ -220,7 +236,6 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, Any], origin: str) 
         raise AtlasError(
             f"{origin} holds the weights of another model; these tensors differ:\n{shown}"
         )
-    model.load_state_dict(state)
 
 
 def averaged(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from atlas import trust
 from atlas.config import is_sharded
@@ -23,7 +20,7 @@ from atlas.stop import Stop
 from atlas.tracking import Tracker
 from atlas.training import distributed, features
 from atlas.training.build import arrange, build, doubts
-from atlas.training.checkpoint import Checkpoints, averaged, load_weights
+from atlas.training.checkpoint import Checkpoints, best_weights, load_weights
 from atlas.training.distributed import World
 from atlas.training.ema import Ema
 from atlas.training.frozen import frozen_state
@@ -156,7 +153,9 @@ def restore(
     saved = checkpoints.latest()
     if saved is None:
         if config["init_from"]:
-            start_from(config["init_from"], config["outputs"], parts.model)
+            reference = config["init_from"]
+            weights = best_weights(reference, config["outputs"])
+            load_weights(parts.model, weights, f"init_from={reference}")
         return TrainState(), Ema(parts.model, decay) if decay else None
     load_weights(parts.model, saved["model"], str(checkpoints.folder))
     parts.optimizer.inner.load_state_dict(saved["optimizer"])
@@ -167,12 +166,3 @@ def restore(
     # What an older Atlas did not save yet keeps its default.
     names = [field.name for field in fields(TrainState) if field.name in saved]
     return TrainState(**{name: saved[name] for name in names}), ema
-
-
-def start_from(reference: str, outputs: str | Path, model: torch.nn.Module) -> None:
-    """Give `model` the best weights of the run that `init_from` names."""
-    source = Run.find(reference, outputs)
-    saved = Checkpoints(source.checkpoints).best()
-    if saved is None:
-        raise AtlasError(f"init_from={reference}: {source.path} holds no checkpoint")
-    load_weights(model, averaged(saved), f"init_from={reference}")

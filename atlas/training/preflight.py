@@ -20,8 +20,10 @@ from torch import nn
 
 from atlas.config import is_sharded
 from atlas.errors import AtlasError, ConfigError
+from atlas.run import Run
 from atlas.training import features, optim, sharding
 from atlas.training.build import build_data, build_model, build_optimizer, needs_spec
+from atlas.training.checkpoint import BEST, best_weights, compare
 from atlas.training.gradient import loss_of
 from atlas.training.stream import Fetcher, Order, on_bad, to_device
 
@@ -67,6 +69,8 @@ def check(config: Mapping[str, Any], world_size: int) -> Report:
     model = _model(config, spec, report)
     if model is None:
         return report
+    if config.get("init_from"):
+        report.attempt("init_from", lambda: _try_source(config, model, report))
     groups = report.attempt(
         "optim.lr_multipliers",
         lambda: optim.group_parameters(model, config["optim"]["lr_multipliers"] or {}),
@@ -110,6 +114,22 @@ def _model(config: Mapping[str, Any], spec: Any, report: Report) -> nn.Module | 
         return None
     except Exception:  # what a constructor may do with tensors, meta tensors cannot all
         return report.attempt("model", lambda: build_model(config, spec))
+
+
+def _try_source(config: Mapping[str, Any], model: nn.Module, report: Report) -> None:
+    """Whether the weights to start from are of such a model."""
+    reference, outputs = str(config["init_from"]), config["outputs"]
+    best = Run.find(reference, outputs).checkpoints / BEST
+    size = sum(file.stat().st_size for file in best.glob("*"))
+    if size > room():
+        report.unchecked.append(
+            f"init_from={reference}: {size / 1e9:.1f} GB are too much to read here"
+        )
+        return
+    try:
+        compare(model, best_weights(reference, outputs), f"init_from={reference}")
+    except AtlasError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _small(group: optim.Group) -> optim.Group:

@@ -233,12 +233,13 @@ def _arguments(function: Callable[..., Any]) -> int:
 
 def check_dataset(dataset: Any, key: str) -> None:
     """Raise `ConfigError` for a data set that is not map-style or is empty."""
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+    map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, IterableDataset) or not map_style:
         raise ConfigError(
             f"{key}: {type(dataset).__name__} is not a map-style data set; Atlas needs "
             "`len(data)` and `data[i]`, since a sample's index is what lets a run resume exactly"
         )
-    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+    if len(dataset) == 0:
         raise ConfigError(f"{key}: {type(dataset).__name__} has no samples")
 
 

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import OWN, ROOT
+from commands import OWN, ROOT, only_run, quick, train
 from hydra import compose, initialize_config_dir
 
 from atlas.errors import ConfigError
+from atlas.training.preflight import check
 from launchers import preflight
 from launchers.launch import resolve
 
@@ -64,6 +65,16 @@ def test_what_is_wrong_is_told_from_what_cannot_be_told_here(tmp_path):
         texts = report["problems" if refused else "unchecked"]
         assert bool(texts) == bool(words) and (words or "") in "".join(texts), (overrides, report)
         assert refused or not report["problems"], report
+
+
+def test_a_model_that_the_source_of_its_weights_does_not_fit(tmp_path):
+    train(*quick(tmp_path, "trainer.steps=1", "schedule.warmup=0", "data.val=null"))
+    run = only_run(tmp_path)
+    for width, problems in ((16, 0), (8, 1)):
+        config = configuration(tmp_path, f"init_from={run.name}", f"model.width={width}")
+        report = check(config, 1)
+        assert len(report.problems) == problems and not report.unchecked
+    assert "encoder.weight: (16, 4) in the checkpoint, (8, 4) in the model" in report.problems[0]
 
 
 def test_everything_that_is_wrong_is_raised_and_not_remembered(tmp_path):
