@@ -19,7 +19,8 @@ from atlas.models.images import GridPool, scaled, whole_patches
 from atlas.models.vision import VisionEncoder
 
 KEY = "model.vision"
-INSTALL = "pip install --no-deps git+https://github.com/facebookresearch/vggt.git"
+COMMIT = "a288dd0f14786c93483e45524328726ab7b1b4ce"  # the package has no versions
+INSTALL = f"pip install --no-deps git+https://github.com/facebookresearch/vggt.git@{COMMIT}"
 WEIGHTS = ("model.safetensors", "model.pt")  # the names of the published checkpoint's files
 SIZES = "config.json"  # beside them
 PREFIX = "aggregator."
