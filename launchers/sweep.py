@@ -81,10 +81,12 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
     started: dict[Path, Started] = {}
     for launcher, members in _by_launcher(jobs):
         todo: list[Started] = []
+        twice = 0
         for job in members:
             run = Run.plan(job.config, launcher.world_size)
             if run.path in started:
-                continue  # the same values twice, or written in two ways
+                twice += 1  # the same values, or the same written in another way
+                continue
             started[run.path] = Started(job, run)
             if run.state != "finished" and not launcher.is_at_work(run):
                 todo.append(started[run.path])
@@ -95,9 +97,10 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
         for each in todo:
             command.overrides = each.job.overrides
             each.run.create(each.job.config, launcher.world_size, command)
+        runs = len(members) - twice
         print(
-            f"{len(todo)} of {len(members)} runs to start, {len(members) - len(todo)} finished or "
-            "at work already",
+            f"{len(todo)} of {runs} runs to start, {runs - len(todo)} finished or at work already"
+            + (f", {twice} given twice" if twice else ""),
             flush=True,
         )
         handles = launcher.submit([each.run for each in todo]) if todo else []

@@ -42,8 +42,8 @@ def test_a_failing_run_leaves_the_others_alone(tmp_path):
 
 
 def test_groups_can_be_swept(tmp_path):
-    done = sweep(tmp_path, "schedule=cosine,linear", "trainer.steps=10")
-    assert "2 of 2 runs to start" in done.stdout
+    done = sweep(tmp_path, "schedule=cosine,linear,cosine", "trainer.steps=10")
+    assert "2 of 2 runs to start, 0 finished or at work already, 1 given twice" in done.stdout
     kinds = {json.dumps(status(p)["best"]) for p in tmp_path.glob("quick/[0-9a-f]*")}
     assert len(kinds) == 2
 
