@@ -63,6 +63,7 @@ def _launch(cfg: DictConfig) -> None:
     if run.state == "finished" and not config["fresh"]:
         print(summary(run))
         return
+    run.refuse_if_live()  # before it is said to go on
     announce(run, config, launcher.world_size, command)
     launcher.preflight([config])
     if config["fresh"] and (aside := run.move_aside()):

@@ -140,6 +140,7 @@ def test_a_live_run_is_refused(tmp_path):
     wait_for_step(tmp_path, 5)
     refused = train(*quick(tmp_path, "model.pause=0.05"), code=1)
     assert f"process {process.pid}" in refused.stderr and "already running" in refused.stderr
+    assert "goes on" not in refused.stdout and "going on" not in refused.stdout
     kill(process)
 
 
