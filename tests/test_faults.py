@@ -195,7 +195,7 @@ def test_asked_to_stop_while_data_is_waited_for(
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "val"])
 def test_the_time_is_over_while_data_is_waited_for(
     tmp_path: Path, request: pytest.FixtureRequest, split: str, ranks: int
 ) -> None:
@@ -272,7 +272,7 @@ def fill(disk: Path, left: int) -> None:
         os.truncate(disk / "filler", (disk / "filler").stat().st_size - left)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_same_run_started_twice_at_once(tmp_path: Path, ranks: int) -> None:
     arguments = quick(
         tmp_path, "cluster.device=cpu", f"cluster.nproc_per_node={ranks}", "model.pause=0.1"

@@ -212,7 +212,8 @@ def descendants(run):
 @pytest.mark.parametrize(
     "victim, ranks",
     [
-        *(("parent", 2), ("rank 0", 2), ("data worker", 2)),
+        *(("parent", 2), ("data worker", 2)),
+        pytest.param("rank 0", 2, marks=pytest.mark.slow),
         pytest.param("rank 1", 2, marks=pytest.mark.slow),
         pytest.param("rank 5", 8, marks=pytest.mark.slow),
     ],

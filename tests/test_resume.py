@@ -59,7 +59,11 @@ def test_killed_at_random_steps(tmp_path, undisturbed, workers):
 
 @pytest.mark.parametrize(
     "number, state",
-    [(signal.SIGTERM, "killed"), (signal.SIGUSR2, "preempted"), (signal.SIGINT, "killed")],
+    [
+        (signal.SIGTERM, "killed"),
+        (signal.SIGUSR2, "preempted"),
+        pytest.param(signal.SIGINT, "killed", marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_by_a_signal(tmp_path, undisturbed, number, state):
     arguments = quick(tmp_path, "model.pause=0.02", "trainer.save_interval=null")

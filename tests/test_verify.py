@@ -19,7 +19,7 @@ def verify(*arguments: str) -> int:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--steps", "20", *OWN_QUICK],
+        pytest.param(["--steps", "20", *OWN_QUICK], marks=pytest.mark.slow),
         [*OWN_QUICK, "data.workers=1", "--kill-at", "5", "--steps", "12"],
     ],
     ids=["options first", "options last"],
