@@ -106,7 +106,7 @@ class Journal:
 def read(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
     """The complete lines from byte `offset` on; a torn last line is left for later.
 
-    What a damaged disk has made of a line must not keep a run from going on: it is left out.
+    What a damaged disk has made of a line must not keep a run from going on: it is left out, and told.
     """
     if not path.exists():
         return
@@ -114,10 +114,13 @@ def read(path: Path, offset: int = 0) -> Iterator[dict[str, Any]]:
         file.seek(offset)
         for line in file:
             if line.endswith(b"\n"):
+                entry = None
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
-                    if isinstance(entry, dict) and "step" in entry:
-                        yield entry
+                if isinstance(entry, dict) and "step" in entry:
+                    yield entry
+                else:
+                    log.warning("%s: a line is damaged and left out: %.80r", path, line)
 
 
 def cut_torn_line(path: Path) -> None:

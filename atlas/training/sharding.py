@@ -76,8 +76,17 @@ def check(model: nn.Module) -> None:
         for block, found in dtypes.items()
         if len(found) > 1
     ]
-    if problems:
+    if problems := [*_lacking(), *problems]:
         raise ConfigError([f"{KEY}: {problem}, {WHOLE}" for problem in problems])
+
+
+def _lacking() -> list[str]:
+    """What this version of torch does not offer."""
+    import torch.distributed.fsdp as fsdp
+
+    if hasattr(fsdp, "register_fsdp_forward_method"):
+        return []
+    return [f"needs a newer torch than {torch.__version__}; 2.13 has been tried"]
 
 
 def shard(
