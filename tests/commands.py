@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = ROOT / "tests" / "own"
+# A line of an error that tells of one problem: alone, or in a list of several.
+PROBLEM = re.compile(r"^(?:error: | +- )([A-Za-z_][\w./]*)", re.M)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -114,3 +118,21 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def unnamed(text: str, *parts: object) -> list[str]:
+    """Those of `parts` that `text` does not name: keys, values, numbers, paths; not sentences.
+
+    A part is found where no longer word or number holds it. One that is given twice has to be named
+    twice: a choice that is suggested, and listed with the others.
+    """
+    return [
+        part
+        for part, times in Counter(map(str, parts)).items()
+        if len(re.findall(rf"(?<![\w.]){re.escape(part)}(?!\w|\.\d)", text)) < times
+    ]
+
+
+def problem_keys(error: str) -> list[str]:
+    """The key that each problem in the text of an error begins with, in order of the alphabet."""
+    return sorted(PROBLEM.findall(error))

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from commands import ROOT, only_run, status, train
+from commands import ROOT, only_run, problem_keys, status, train, unnamed
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FILE = re.compile(r"^`mine/(\S+)`:\n\n((?:(?: {4}.*)?\n)+)", re.M)
@@ -31,8 +31,10 @@ def test_the_example_of_parts_of_ones_own(tmp_path):
 def test_a_model_that_needs_a_spec_says_so(tmp_path):
     mine = shown("own.md", tmp_path / "mine")
     done = train(f"--config-dir={mine}", "data=points", "dry_run=true", code=1)
-    assert "error: model._target_=atlas.models.vla.VLA is built from" in done.stderr
-    assert "a Points has none; docs/own.md" in done.stderr
+    assert problem_keys(done.stderr) == ["model._target_"]
+    assert unnamed(done.stderr, "model._target_=atlas.models.vla.VLA", "Points") == []
+    (page,) = re.findall(r"docs/[\w-]+\.md", done.stderr)
+    assert (ROOT / page).exists()
 
 
 def test_the_example_of_a_head_of_ones_own(tmp_path):
