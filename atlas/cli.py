@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from atlas.errors import EXIT_DONE, EXIT_FAILED, AtlasError
 
 if TYPE_CHECKING:
-    from atlas.run import Run
+    from atlas.run.directory import Run
 
 # What a command needs is imported when it runs: `atlas --help` loads nothing.
 
@@ -38,7 +38,7 @@ def sync_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sync(args: argparse.Namespace) -> int:
     """Send what MLflow lacks of a run and draw its report; without tracking, draw it only."""
-    from atlas.run import Run
+    from atlas.run.directory import Run
 
     runs = [Run.find(reference, args.outputs) for reference in args.runs]
     if len(runs) > 1 and args.follow:
@@ -48,15 +48,15 @@ def sync(args: argparse.Namespace) -> int:
 
 def follow_pool(runs: list[Run]) -> int:
     """Be the one shipper of a pool's runs."""
-    from atlas.report import draw_as_they_end
-    from atlas.writer import Writer, step_back
+    from atlas.record.report import draw_as_they_end
+    from atlas.record.shipping.writer import Writer, step_back
 
     writer = Writer(None)
     step_back()
     tracked = [run for run in runs if run.config["tracking"]["kind"] != "none"]
     missing = 0
     if tracked:
-        from atlas.sync import sync_all
+        from atlas.record.shipping.sync import sync_all
 
         for shipped in sync_all(tracked, writer):
             missing += bool(shipped.error or shipped.left)
@@ -67,19 +67,19 @@ def follow_pool(runs: list[Run]) -> int:
 
 def sync_one(run: Run, args: argparse.Namespace) -> int:
     """Send one run, or follow it."""
-    from atlas.writer import Writer, step_back
+    from atlas.record.shipping.writer import Writer, step_back
 
     writer = Writer(run) if args.follow else None
     if writer and writer.is_parent:
         step_back()
     if run.config["tracking"]["kind"] == "none":
-        from atlas.report import draw
+        from atlas.record.report import draw
 
         print(f"{draw(run)} drawn; tracking is off for this run, nothing is sent")
         return EXIT_DONE
     if writer and writer.is_parent:
         writer.wait_for_first_line()
-    from atlas.sync import sync
+    from atlas.record.shipping.sync import sync
 
     shipped = sync(run, args.follow, writer=writer, again=args.all)
     print(f"run {run.id}: {shipped}")
@@ -99,14 +99,14 @@ def run_argument(parser: argparse.ArgumentParser, many: bool = False) -> None:
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
     """What is run, for how long, and where it is killed."""
-    from atlas.verify import arguments
+    from atlas.commands.verify_resume import arguments
 
     arguments(parser)
 
 
 def verify(args: argparse.Namespace) -> int:
     """Prove on one's own model that a killed run ends as if it had not been."""
-    from atlas.verify import run
+    from atlas.commands.verify_resume import run
 
     return run(args)
 
@@ -129,8 +129,8 @@ def evaluate(args: argparse.Namespace) -> int:
     """Measure a run's policy on its held-out episodes, beside what needs no network."""
     from pathlib import Path
 
-    from atlas.run import Run
-    from atlas.training.evaluate import evaluate, table
+    from atlas.policy.evaluate import evaluate, table
+    from atlas.run.directory import Run
 
     run = Run.find(args.run, args.outputs)
     out = Path(args.out) if args.out else None
@@ -149,8 +149,8 @@ def export(args: argparse.Namespace) -> int:
     """Write a run's policy as a folder of safetensors and JSON."""
     from pathlib import Path
 
-    from atlas.run import Run
-    from atlas.training.export import write
+    from atlas.policy.export import write
+    from atlas.run.directory import Run
 
     for file in write(Run.find(args.run, args.outputs), Path(args.out)):
         print(f"{file}  {file.stat().st_size:,} bytes")
@@ -173,8 +173,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what a person can put right is a message, not a traceback."""
-    from atlas.terminal import outlive
-    from atlas.trust import taken
+    from atlas.run.trust import taken
+    from atlas.system.terminal import outlive
 
     parser = argparse.ArgumentParser(
         prog="atlas",
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except AtlasError as error:
-        from atlas.record import masked
+        from atlas.record.shipping.cursor import masked
 
         print(masked(f"atlas {args.command}: {error}"), file=sys.stderr)
         return EXIT_FAILED

@@ -12,7 +12,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import hydra
 from omegaconf import DictConfig
 
-from atlas.onefile import translated
+from atlas.config.single_file import translated
 from launchers.launch import launch, start
 
 

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from atlas import trust
 from atlas.errors import EXIT_FAILED, EXIT_INTERRUPTED, AtlasError, RunBusyError
-from atlas.lock import Holder, Lock
-from atlas.reasons import failure, record, summary
-from atlas.run import Run
-from atlas.stop import Stop
+from atlas.run import trust
+from atlas.run.directory import Run
+from atlas.run.failures import failure, record, summary
+from atlas.run.lock import Holder, Lock
+from atlas.run.signals import Stop
 
 log = logging.getLogger("atlas")
 
@@ -148,7 +148,7 @@ def leave(code: int) -> NoReturn:
 
 def tell(run: Run) -> None:
     """How the run ended, and what to type next."""
-    from atlas.plan import summary
+    from atlas.run.summary import summary
 
     print(summary(run), flush=True)
 

@@ -29,8 +29,8 @@ def rank(number: int, size: int, port: int, answer: Connection) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from atlas.training import distributed
-    from atlas.training.agreement import Agreement, Requests
+    from atlas.training.ranks import world as distributed
+    from atlas.training.ranks.agreement import Agreement, Requests
 
     torch.set_num_threads(1)
     world = distributed.init("cpu")
@@ -68,7 +68,7 @@ def rank(number: int, size: int, port: int, answer: Connection) -> None:
 
 def measure(size: int) -> tuple[list[float], list[float]]:
     """Seconds an update in each block of `size` ranks, without the agreement and with it."""
-    from launchers.ranks import free_port
+    from launchers.local.ranks import free_port
 
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()

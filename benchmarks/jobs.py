@@ -15,8 +15,8 @@ from typing import Any
 from victims import PATIENCE_S, Victim
 
 from atlas.errors import AtlasError
-from atlas.run import Run
-from launchers.squeue import ENDED, job_state
+from atlas.run.directory import Run
+from launchers.slurm.queue import ENDED, job_state
 
 ASK_S = 0.5  # between two questions to the controller
 CLUSTER = (

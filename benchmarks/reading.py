@@ -27,9 +27,9 @@ from measure import ROOT, heading
 sys.path.insert(0, str(ROOT))
 
 from atlas.data.arrays import open_array
-from atlas.data.lerobot import LeRobot
-from atlas.data.video import FrameCache, Video
-from atlas.training.workers import answers
+from atlas.data.lerobot.dataset import LeRobot
+from atlas.data.lerobot.video import FrameCache, Video
+from atlas.training.feeding.workers import answers
 
 BATCH = 8
 EPISODES, FRAMES, FPS = 8, 120, 30  # of the generated folder

@@ -2,7 +2,7 @@
 
 python benchmarks/soak.py --minutes 10
 
-Two runs are at work at any time, and a third as a job where this machine has a Slurm (tests/slurm/up
+Two runs are at work at any time, and a third as a job where this machine has a Slurm (tests/launchers/slurm/up
 starts one; `--slurm` insists on it). Each is struck up to four times at random moments: by SIGKILL,
 SIGTERM and SIGUSR2; the job by Slurm's own means and by a crash. Each is started again where nothing
 else does it, and at its end compared to the bit with a twin that nothing happened to; the server of
@@ -34,7 +34,7 @@ from measure import ROOT, environment, heading
 from victims import Victim, points
 
 from atlas.errors import AtlasError
-from launchers.squeue import queue
+from launchers.slurm.queue import queue
 
 KINDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2)
 UPDATES = 120
@@ -48,7 +48,7 @@ class Server:
     """A real `mlflow server` on loopback, killed and started again until it is stopped."""
 
     def __init__(self, folder: Path, chance: random.Random) -> None:
-        from atlas.store import create_sqlite
+        from atlas.record.shipping.mlflow_store import create_sqlite
 
         self._folder, self._chance = folder, chance
         with socket.socket() as probe:
@@ -177,7 +177,7 @@ def slurm_answers() -> bool:
 
 def tracked(victim: Victim, uri: str) -> Counter[str]:
     """How many points of the journal the store lacks, or has twice; sends what is left first."""
-    from atlas.store import MlflowClient
+    from atlas.record.shipping.mlflow_store import MlflowClient
 
     sync = [sys.executable, "-m", "atlas.cli", "sync", str(victim.run)]
     done = subprocess.run(sync, cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -209,7 +209,7 @@ def main() -> None:
     if slurm_answers():
         kinds.append(QueuedPair)
     elif args.slurm:
-        raise SystemExit("no Slurm answers here; tests/slurm/up starts one")
+        raise SystemExit("no Slurm answers here; tests/launchers/slurm/up starts one")
     chance = random.Random(args.seed)
     print(heading(f"Soak of {args.minutes:g} min"), flush=True)
     folder = Path(tempfile.mkdtemp(prefix="atlas-soak-"))

@@ -193,14 +193,14 @@ def points(run: Path) -> dict[tuple[int, str], list[Any]]:
 
 def same_state(one: Path, other: Path) -> bool:
     """Whether the newest checkpoints hold the same to the bit."""
-    from atlas.training.twins import first_difference
+    from atlas.training.saving.comparison import first_difference
 
     return first_difference(one / "checkpoints", other / "checkpoints") is None
 
 
 def unreadable(run: Path) -> int:
     """Checkpoints whose checksum is not that of their file."""
-    from atlas.training.checkpoint import Checkpoints, is_intact
+    from atlas.training.saving.checkpoint import Checkpoints, is_intact
 
     return sum(not is_intact(path) for path in Checkpoints(run / "checkpoints").steps())
 

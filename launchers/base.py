@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atlas.errors import ConfigError
-from atlas.run import Run
+from atlas.run.directory import Run
 from launchers.devices import visible_gpus
 
 

@@ -16,18 +16,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from atlas.config import check, not_set
+from atlas.config.checks import check, not_set
+from atlas.config.dotted import flatten
 from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, AtlasError, ConfigError
-from atlas.identity import flat
-from atlas.plan import outline, summary
-from atlas.resume import adopt, announce, check_source, keep_effective_batch
-from atlas.run import ROOT, Command, Run
-from atlas.terminal import outlive
-from atlas.trust import taken
+from atlas.run.directory import ROOT, Command, Run
+from atlas.run.resume import adopt, announce, check_source, keep_effective_batch
+from atlas.run.summary import outline, summary
+from atlas.run.trust import taken
+from atlas.system.terminal import outlive
 from launchers import torchrun
 from launchers.base import Launcher
-from launchers.explain import explain, first_line, is_hydras, is_of_a_file
-from launchers.ranks import warm_context
+from launchers.hydra_errors import explain, first_line, is_hydras, is_of_a_file
+from launchers.local.ranks import warm_context
 
 # Hydra's options that are followed by a value; --config is Atlas's own, of atlas/train.py.
 WITH_VALUE = (
@@ -136,7 +136,7 @@ def ids_as_text(arguments: Sequence[str]) -> list[str]:
 def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
     """Print the plan; nothing is written or started."""
     print(outline(run, config, launcher), flush=True)
-    from atlas.training.plan import detail
+    from atlas.training.dry_run.plan import detail
 
     print(detail(config, launcher.world_size, launcher.elsewhere))
     if script := launcher.script(run, config):
@@ -168,7 +168,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 def _resolve_around_missing(cfg: DictConfig) -> dict[str, Any]:
     """Raises `ConfigError` for mandatory values that are missing, and for all else that is wrong."""
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
-    missing = [key for key, value in flat(raw).items() if value == "???"]
+    missing = [key for key, value in flatten(raw).items() if value == "???"]
     filled = OmegaConf.create(raw)
     for key in missing:
         OmegaConf.update(filled, key, "")

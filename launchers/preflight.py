@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from atlas.errors import ConfigError
-from atlas.lock import replace
-from atlas.run import ROOT
+from atlas.run.directory import ROOT
+from atlas.run.lock import replace
 
 LIMIT_S = 600.0  # a child that takes longer is ended, and its configurations count as not checked
 # What of a configuration decides whether a model can be built and fed, less what does not matter.
@@ -128,7 +128,7 @@ def _ask_child(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[di
     place = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "atlas.training.preflight"],
+            [sys.executable, "-m", "atlas.training.dry_run.preflight"],
             input=json.dumps(question),
             capture_output=True,
             text=True,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atlas.config import check
+from atlas.config.checks import check
 from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, AtlasError, ConfigError
-from atlas.group import Group, score
-from atlas.run import Command, Run
+from atlas.record.sweep import Group, score
+from atlas.run.directory import Command, Run
 from launchers.base import Handle, Launcher
 
 

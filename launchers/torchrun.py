@@ -9,9 +9,9 @@ from typing import Any
 
 from atlas import worker
 from atlas.errors import EXIT_DONE, EXIT_FAILED, ConfigError
-from atlas.run import Run
+from atlas.run.directory import Run
 from launchers.base import Handle, Launcher
-from launchers.local import Ended
+from launchers.local.launcher import Ended
 
 _KEY = "atlas/run"
 _PATIENCE = timedelta(minutes=30)  # composing and checking take seconds; a node can start late
@@ -104,7 +104,7 @@ _STORES: list[Any] = []
 def _store() -> Any:
     """The key-value store that all ranks share; kept open until the process ends."""
     if not _STORES:
-        from atlas.training.distributed import shared_store
+        from atlas.training.ranks.world import shared_store
 
         _STORES.append(shared_store(_PATIENCE))
     return _STORES[0]

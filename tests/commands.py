@@ -87,7 +87,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def points(run: Path) -> dict[tuple[int, str], float]:
     """Every (step, key) of the journal, which must stand there once, less what is a timing."""
-    from atlas.journal import TIMINGS
+    from atlas.record.journal import TIMINGS
 
     found: dict[tuple[int, str], float] = {}
     for line in lines(run / "metrics.jsonl"):

@@ -15,7 +15,7 @@ av = pytest.importorskip("av", reason="av is not installed (extra vla)")
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (extra vla)")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-from atlas.data.lerobot import LeRobot  # noqa: E402
+from atlas.data.lerobot.dataset import LeRobot  # noqa: E402
 
 HEIGHT, WIDTH, FPS = 48, 64, 10
 LENGTHS = (9, 7, 8)

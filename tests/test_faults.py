@@ -293,7 +293,7 @@ def test_the_same_run_started_twice_at_once(tmp_path: Path, ranks: int) -> None:
 def test_a_tracking_server_that_is_killed_and_comes_back(tmp_path: Path) -> None:
     from test_sync import Server
 
-    from atlas.store import MlflowClient
+    from atlas.record.shipping.mlflow_store import MlflowClient
 
     server = Server(tmp_path)
     server.wait()

@@ -82,12 +82,12 @@ def files_importing(library: str, module_level: bool = False) -> set[str]:
     "module",
     [
         "atlas",
-        "atlas.run",
-        "atlas.config",
-        "atlas.plan",
+        "atlas.run.directory",
+        "atlas.config.checks",
+        "atlas.run.summary",
         "atlas.worker",
         "atlas.cli",
-        "atlas.shipper",
+        "atlas.record.shipping.shipper",
         "launchers.launch",
         "train",
     ],
@@ -118,20 +118,20 @@ def test_a_wrong_command_loads_nothing_heavy(tmp_path):
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("torch", ("atlas/training/", "atlas/models/", "atlas/data/")),
-        ("mlflow", ("atlas/store.py",)),
-        ("submitit", ("launchers/slurm.py", "launchers/slurm_task.py")),
+        ("torch", ("atlas/training/", "atlas/policy/", "atlas/models/", "atlas/data/")),
+        ("mlflow", ("atlas/record/shipping/mlflow_store.py",)),
+        ("submitit", ("launchers/slurm/launcher.py", "launchers/slurm/task.py")),
         ("transformers", ("atlas/models/",)),
-        ("pyarrow", ("atlas/data/",)),
-        ("av", ("atlas/data/",)),
-        ("matplotlib", ("atlas/report.py", "atlas/trajectories.py")),
+        ("pyarrow", ("atlas/data/lerobot/",)),
+        ("av", ("atlas/data/lerobot/",)),
+        ("matplotlib", ("atlas/record/report.py", "atlas/policy/trajectories.py")),
         (
             "hydra",
             (
                 "train.py",
                 "atlas/train.py",
                 "launchers/launch.py",
-                "launchers/explain.py",
+                "launchers/hydra_errors.py",
                 "launchers/plugins/hydra_plugins/",
                 "atlas/training/build.py",
             ),
@@ -144,9 +144,51 @@ def test_a_library_has_its_places(library, allowed):
 
 
 def test_the_scan_sees_what_is_there():
-    assert "atlas/training/gradient.py" in files_importing("torch")
-    assert "atlas/store.py" in files_importing("mlflow")
+    assert "atlas/training/optimization/gradient.py" in files_importing("torch")
+    assert "atlas/record/shipping/mlflow_store.py" in files_importing("mlflow")
     assert "atlas/worker.py" in files_importing("atlas.training")
+
+
+# What each room may import besides itself: the floors, from the ground up.
+GROUND = ("atlas.errors", "atlas.version", "atlas.schedule")
+SYSTEM = (*GROUND, "atlas.system")
+CONFIG = (*SYSTEM, "atlas.config")
+RUN = (*CONFIG, "atlas.run")
+RECORD = (*RUN, "atlas.record")
+TRAINING = (*RECORD, "atlas.data", "atlas.models", "atlas.training")
+POLICY = (*TRAINING, "atlas.policy")
+FLOORS = {
+    "atlas/system/": SYSTEM,
+    "atlas/data/": (*SYSTEM, "atlas.data"),
+    "atlas/models/": (*SYSTEM, "atlas.models"),
+    "atlas/config/": CONFIG,
+    "atlas/run/": RUN,
+    "atlas/record/": RECORD,
+    "atlas/training/": TRAINING,
+    "atlas/policy/": POLICY,
+    "atlas/worker.py": TRAINING,
+    "atlas/commands/": (*POLICY, "atlas.commands"),
+}
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_room_stands_on_the_floors_below_it(room):
+    files = [path for path in SOURCES if str(path.relative_to(ROOT)).startswith(room)]
+    assert files
+    upwards = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in imports(path)
+        if name.startswith(("atlas", "launchers"))
+        and not any(f"{name}.".startswith(f"{below}.") for below in FLOORS[room])
+    }
+    assert upwards == set()
+
+
+@pytest.mark.parametrize("folder", sorted({str(path.parent.relative_to(ROOT)) for path in SOURCES}))
+def test_a_room_has_ten_files_at_most(folder):
+    inside = [path for path in SOURCES if path.parent == ROOT / folder]
+    assert len([path for path in inside if path.name != "__init__.py"]) <= 10
 
 
 def test_imports_run_one_way():
@@ -156,9 +198,10 @@ def test_imports_run_one_way():
 
 
 def test_training_is_entered_inside_functions():
-    cheap = {f for f in files_importing("atlas.training", module_level=True) if f.count("/") < 2}
-    cheap.remove("launchers/warm.py")  # which only the process that ranks are forked from imports
-    assert {f for f in cheap if f.startswith(("atlas/", "launchers/", "train.py"))} == set()
+    entered = files_importing("atlas.training", module_level=True)
+    above = ("atlas/training/", "atlas/policy/", "launchers/local/warm.py")
+    # warm.py is imported only by the process that ranks are forked from.
+    assert {f for f in entered if not f.startswith(above)} == set()
 
 
 def test_there_is_no_utils():

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from atlas.config import KEYS, check
+from atlas.config.checks import KEYS, check
+from atlas.config.dotted import flatten
 from atlas.errors import AtlasError
-from atlas.identity import flat
-from atlas.plan import outline
-from atlas.resume import adopt, check_source
-from atlas.run import Command, Run
-from launchers.explain import explain, is_hydras
+from atlas.run.directory import Command, Run
+from atlas.run.resume import adopt, check_source
+from atlas.run.summary import outline
+from launchers.hydra_errors import explain, is_hydras
 from launchers.launch import launcher_of, resolve
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -142,7 +142,7 @@ def code_state() -> dict[str, Any]:
 def quick_commands(conf: None) -> Iterator[None]:
     """The state of the code is asked of git, a hundred times slower than all else here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.run.code_state", lambda folder: code_state())
+        patch.setattr("atlas.run.directory.code_state", lambda folder: code_state())
         patch.setattr("launchers.devices._count", lambda: 0)
         yield
 
@@ -222,4 +222,4 @@ def test_a_plan_or_one_clear_error_of_many(tmp_path, monkeypatch, overrides):
 def test_what_is_sound_has_a_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "effective batch" in plan(["optim.lr=1e-3", "data.batch_size=3"])
-    assert "seed" in flat(resolve(compose("config", [])))
+    assert "seed" in flatten(resolve(compose("config", [])))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas.plan import load_schedule
+from atlas.run.summary import load_schedule
 from atlas.schedule import Constant, Cosine, Linear
 
 ROOT = Path(__file__).resolve().parents[1]

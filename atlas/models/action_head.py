@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from atlas.models.transformer import Block
+from atlas.models.layers.transformer import Block
 
 
 class ActionHead(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atlas.models import pretrained
-from atlas.models.images import MEAN, STD, GridPool, scaled, whole_patches
+from atlas.models.layers.images import MEAN, STD, GridPool, scaled, whole_patches
 from atlas.models.vision import VisionEncoder
 
 log = logging.getLogger(__name__)

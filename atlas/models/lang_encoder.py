@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from atlas.models.transformer import Block
+from atlas.models.layers.transformer import Block
 
 PAD, UNKNOWN, START = "<pad>", "<unk>", "<start>"
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from atlas.errors import ConfigError
 from atlas.models import pretrained
-from atlas.models.images import GridPool, scaled, whole_patches
+from atlas.models.layers.images import GridPool, scaled, whole_patches
 from atlas.models.vision import VisionEncoder
 
 KEY = "model.vision"

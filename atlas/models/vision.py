@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atlas.errors import ConfigError
-from atlas.models.transformer import Block
+from atlas.models.layers.transformer import Block
 
 
 class VisionEncoder(nn.Module):

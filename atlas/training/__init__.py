@@ -1,1 +1,1 @@
-"""Training one rank of one run; torch is imported here and below, and not by what submits runs."""
+"""Training one rank of one run; torch is imported here and below, not by what submits runs."""

@@ -14,14 +14,16 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from atlas.config import is_sharded
+from atlas.config.checks import is_sharded
 from atlas.errors import ConfigError
-from atlas.identity import effective_batch
-from atlas.training import features, optim, sharding
+from atlas.run.identity import effective_batch
+from atlas.training.feeding import features
+from atlas.training.feeding.randomness import seed_everything
+from atlas.training.feeding.stream import check_dataset
+from atlas.training.optimization import optimizer as optim
+from atlas.training.optimization.precision import check_precision
 from atlas.training.parts import Parts
-from atlas.training.precision import check_precision
-from atlas.training.randomness import seed_everything
-from atlas.training.stream import check_dataset
+from atlas.training.ranks import sharding
 
 CPU = torch.device("cpu")
 

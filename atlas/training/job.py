@@ -9,25 +9,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from atlas import trust
-from atlas.config import is_sharded
+from atlas.config.checks import is_sharded
 from atlas.errors import AtlasError
-from atlas.lock import Lock
-from atlas.progress import open_progress
-from atlas.reasons import at_step, failure
-from atlas.run import Run
-from atlas.stop import Stop
-from atlas.tracking import Tracker
-from atlas.training import distributed, features
+from atlas.record.tracker import Tracker
+from atlas.run import trust
+from atlas.run.directory import Run
+from atlas.run.failures import at_step, failure
+from atlas.run.lock import Lock
+from atlas.run.signals import Stop
+from atlas.system.progress import open_progress
 from atlas.training.build import arrange, build, doubts
-from atlas.training.checkpoint import Checkpoints, best_weights, load_weights
-from atlas.training.distributed import World
-from atlas.training.ema import Ema
-from atlas.training.frozen import frozen_state
+from atlas.training.feeding import features
+from atlas.training.feeding.stream import TrainStream, on_bad
+from atlas.training.optimization.ema import Ema
+from atlas.training.optimization.precision import set_determinism
 from atlas.training.parts import Parts
-from atlas.training.precision import set_determinism
-from atlas.training.sharding import shard
-from atlas.training.stream import TrainStream, on_bad
+from atlas.training.ranks import world as distributed
+from atlas.training.ranks.sharding import shard
+from atlas.training.ranks.world import World
+from atlas.training.saving.checkpoint import Checkpoints, best_weights, load_weights
+from atlas.training.saving.frozen import frozen_state
 from atlas.training.trainer import Outcome, Trainer, TrainState
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from atlas.training.gradient import as_tensor
+from atlas.training.optimization.gradient import as_tensor
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from atlas.training.optim import Group, Optimizer
+from atlas.training.optimization.optimizer import Group, Optimizer
 
 
 @dataclass

@@ -11,23 +11,23 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from atlas.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
-from atlas.progress import Lines
-from atlas.stop import CODES, STATES, Stop
-from atlas.training.agreement import Agreement, Requests
-from atlas.training.ahead import ReadAhead
-from atlas.training.checkpoint import Checkpoints
-from atlas.training.distributed import World
-from atlas.training.ema import Ema
-from atlas.training.frozen import frozen_modules, frozen_names
-from atlas.training.gradient import Gradient, Sums
+from atlas.run.signals import CODES, STATES, Stop
+from atlas.system.progress import Lines
+from atlas.training.feeding.prefetch import ReadAhead
+from atlas.training.feeding.randomness import StepSeeds
+from atlas.training.feeding.stream import TrainStream, on_bad, to_device
+from atlas.training.feeding.workers import ending
 from atlas.training.meters import Pending, Window
+from atlas.training.optimization.ema import Ema
+from atlas.training.optimization.gradient import Gradient, Sums
+from atlas.training.optimization.precision import autocast
 from atlas.training.parts import Parts
-from atlas.training.precision import autocast
-from atlas.training.randomness import StepSeeds
-from atlas.training.sharding import replicated
-from atlas.training.stream import TrainStream, on_bad, to_device
+from atlas.training.ranks.agreement import Agreement, Requests
+from atlas.training.ranks.sharding import replicated
+from atlas.training.ranks.world import World
+from atlas.training.saving.checkpoint import Checkpoints
+from atlas.training.saving.frozen import frozen_modules, frozen_names
 from atlas.training.validation import Interrupted, Validation
-from atlas.training.workers import ending
 
 
 class Recorder(Protocol):

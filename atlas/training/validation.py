@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from atlas.stop import StopWaiting
-from atlas.training.distributed import World
-from atlas.training.gradient import loss_of, scalars
-from atlas.training.randomness import StepSeeds
-from atlas.training.stream import ValidationStream, to_device
-from atlas.training.together import Calls
-from atlas.training.workers import ending, following
+from atlas.run.signals import StopWaiting
+from atlas.training.feeding.randomness import StepSeeds
+from atlas.training.feeding.stream import ValidationStream, to_device
+from atlas.training.feeding.workers import ending, following
+from atlas.training.optimization.gradient import loss_of, scalars
+from atlas.training.ranks.joint_calls import Calls
+from atlas.training.ranks.world import World
 
 
 class Interrupted(Exception):

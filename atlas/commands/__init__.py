@@ -1,0 +1,1 @@
+"""The commands of `atlas`, one file each; the table of them is in `atlas/cli.py`."""

@@ -1,0 +1,1 @@
+"""Layers and image operations that several parts share."""

@@ -1,0 +1,1 @@
+"""What follows training: load a policy, evaluate it, export it."""

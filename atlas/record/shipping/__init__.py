@@ -1,0 +1,1 @@
+"""The process that sends journals to MLflow, and what other processes see of it."""

@@ -1,0 +1,83 @@
+"""What of a run's journal is in MLflow."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from atlas.run.directory import Run
+from atlas.run.lock import replace
+
+
+@dataclass
+class Record:
+    """`mlflow.json`: where a run's points go and how far they got. Written by the shipper alone."""
+
+    uri: str = ""  # without credentials
+    run_id: str | None = None
+    experiment_id: str | None = None
+    offset: int = 0  # bytes of metrics.jsonl that are in MLflow
+    shipped: int = 0  # points in them
+    refused: int = 0  # points among them that MLflow would not take
+    refusal: str | None = None  # why, for the last of those
+    error: str | None = None  # why nothing can be sent at the moment
+    updated: float = 0.0  # when this was written, in seconds since 1970
+    uploaded: dict[str, str] = field(default_factory=dict)  # artifact: the version that is there
+
+    @classmethod
+    def load(cls, run: Run) -> Record:
+        """What is recorded; an empty record where there is none, or none that can be read."""
+        try:
+            stored = json.loads(run.mlflow_file.read_text())
+            return cls(**{f.name: stored[f.name] for f in fields(cls) if f.name in stored})
+        except (FileNotFoundError, ValueError, TypeError):
+            return cls()
+
+    def save(self, run: Run) -> None:
+        """Replace `mlflow.json`, atomically."""
+        self.updated = round(time.time(), 3)
+        replace(run.mlflow_file, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """The complete lines from byte `offset` on, each with the offset behind it.
+
+    A line that is no JSON object is yielded as an empty dictionary: it must not stop what follows.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            offset += len(raw)
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                line = {}
+            yield (line if isinstance(line, dict) else {}), offset
+
+
+def points(line: Mapping[str, Any]) -> dict[str, float]:
+    """What of a journal's line is a metric: its numbers, less step and time."""
+    return {
+        key: float(value)
+        for key, value in line.items()
+        if key not in ("step", "time") and isinstance(value, int | float)
+    }
+
+
+def points_left(run: Run, record: Record) -> int:
+    """How many points of the journal are not in MLflow."""
+    return sum(len(points(line)) for line, _ in lines(run.journal_file, record.offset))
+
+
+def masked(text: str) -> str:
+    """`text` with the credentials of every URI in it replaced by `***`."""
+    return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)

@@ -1,0 +1,94 @@
+"""What MLflow is told of a run besides its configuration and its curves."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from atlas.config.dotted import flatten
+from atlas.record.shipping.cursor import masked
+from atlas.run.directory import Run
+from atlas.run.identity import is_excluded
+from atlas.version import __version__
+
+
+def run_name(config: Mapping[str, Any]) -> str:
+    """The id and what was overridden of what makes the run: `4f2a… lr=0.001 seed=2`."""
+    short = []
+    for override in config["run"]["overrides"]:
+        key, _, value = str(override).lstrip("+~").partition("=")
+        if not is_excluded(key):
+            short.append(f"{key.rpartition('.')[2]}={value}" if value else key)
+    return masked(" ".join([str(config["run"]["id"]), *short]))[:200]
+
+
+def tags(run: Run, config: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str]:
+    """Everything about a run that its id does not hash."""
+    head = config["run"]
+    code = status.get("git") or head.get("code") or {}
+    said = {
+        **marks(config, status),
+        "atlas.directory": run.path,
+        "atlas.commit": code.get("commit"),
+        "atlas.clean": code.get("clean"),
+        "atlas.digest": code.get("digest"),
+        "atlas.host": status.get("host"),
+        "atlas.launcher": status.get("launcher"),
+        "atlas.job_id": status.get("job_id"),
+        "atlas.world_size": status.get("world_size"),
+        "atlas.restarts": status.get("restarts"),
+        "atlas.command": status.get("command"),
+        "atlas.overrides": " ".join(map(str, head["overrides"])),
+        **{f"atlas.{name}": version for name, version in _versions().items()},
+        "mlflow.source.name": status.get("command"),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": _user(),
+        "mlflow.source.git.commit": code.get("commit"),
+    }
+    excluded = _excluded(config, run.identity)
+    said.update({f"config.{key}": value for key, value in excluded.items()})
+    known = {key: str(value) for key, value in said.items() if value is not None}
+    return {**known, **_state_tags(run.state, status)}
+
+
+def marks(config: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str]:
+    """What finds the MLflow run again.
+
+    The id alone would find a colleague's run of the same command on the same server, and an older
+    one that `fresh=true` has moved aside.
+    """
+    return {
+        "atlas.run_id": str(config["run"]["id"]),
+        "atlas.created": str(status.get("created")),
+    }
+
+
+def _state_tags(state: str | None, status: Mapping[str, Any]) -> dict[str, str]:
+    return {"atlas.state": str(state), "atlas.reason": str(status.get("reason") or "")}
+
+
+def _excluded(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    hashed = flatten(identity)
+    return {
+        key: value
+        for key, value in flatten({k: v for k, v in config.items() if k != "run"}).items()
+        if key not in hashed and value is not None
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"version": __version__, "python": platform.python_version()}
+    for name in ("torch", "mlflow"):  # read, not imported
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _user() -> str | None:
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        return getpass.getuser()
+    return None

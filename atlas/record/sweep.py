@@ -1,0 +1,128 @@
+"""The runs of one sweep as a whole: which they are, how they compare, what failed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atlas.record import journal
+from atlas.run.directory import Run
+from atlas.run.identity import identity
+from atlas.run.lock import guarded, replace
+
+FOLDER = "sweeps"
+
+
+class Group:
+    """A sweep, kept in `<outputs>/<name>/sweeps/<id>.json`; a wider grid joins it."""
+
+    def __init__(self, file: Path, objective: str, members: Mapping[str, Sequence[str]]) -> None:
+        self.file = file
+        self.objective = objective
+        self.members = {run: list(swept) for run, swept in members.items()}
+
+    @property
+    def id(self) -> str:
+        return self.file.stem
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        keys: Sequence[str],
+        members: Sequence[tuple[Run, Sequence[str]]],
+    ) -> Group:
+        """The group that `config` belongs to when `keys` are swept."""
+        # The keys by name, without their values: that is what a wider grid has in common.
+        kept = without(identity(config, 1), [*keys, "effective_batch"])
+        text = json.dumps([sorted(keys), kept], sort_keys=True, default=str)
+        name = hashlib.sha256(text.encode()).hexdigest()[:10]
+        file = Path(config["outputs"]) / str(config["name"]) / FOLDER / f"{name}.json"
+        return cls(file, config["objective"], {run.id: swept for run, swept in members})
+
+    @classmethod
+    def read(cls, file: Path) -> Group:
+        """A group as it was written."""
+        data = json.loads(file.read_text())
+        return cls(file, data["objective"], data["members"])
+
+    def write(self) -> None:
+        """Add these members to those that the file holds."""
+        with guarded(self.file.parent):
+            if self.file.exists():
+                self.members = {**self.read(self.file).members, **self.members}
+            data = {"id": self.id, "objective": self.objective, "members": self.members}
+            replace(self.file, json.dumps(data, indent=1) + "\n")
+
+    def runs(self) -> list[tuple[Run, list[str]]]:
+        """Every run with the overrides in which it differs."""
+        folder = self.file.parent.parent
+        return [(Run(folder / name), swept) for name, swept in self.members.items()]
+
+    def states(self) -> dict[str, int]:
+        """How many runs are in which state."""
+        counted: dict[str, int] = {}
+        for run, _ in self.runs():
+            counted[run.state or "unknown"] = counted.get(run.state or "unknown", 0) + 1
+        return counted
+
+    def scores(self) -> dict[str, float]:
+        """The objective of every run that has one, by id."""
+        values = {run.id: score(run, self.objective) for run, _ in self.runs()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def table(self) -> str:
+        """All runs sorted by the objective, and below them every failure with its error and log."""
+        rows, failures = [], []
+        for run, swept in self.runs():
+            state, status, value = run.state or "unknown", run.status, score(run, self.objective)
+            rows.append((value is None, value or 0.0, run.id, state, status, swept))
+            if state == "failed":
+                failures.append(f"{run.id} failed: {status.get('reason')}\n  logs {run.logs}")
+        rows.sort(key=lambda row: row[:3])
+        lines = [f"{self.objective:>12}  {'state':<10} {'step':>8}  {'run':<12} overrides"]
+        for missing, value, name, state, status, swept in rows:
+            shown = "-" if missing else f"{value:.6g}"
+            step = status.get("step", 0)
+            lines.append(f"{shown:>12}  {state:<10} {step:>8}  {name:<12} {' '.join(swept)}")
+        return "\n".join([*lines, *failures, *self._unknown_objective()])
+
+    def _unknown_objective(self) -> list[str]:
+        """What to say where runs have ended and none of them has the objective."""
+        there = {key for run, _ in self.runs() for key in run.status.get("last") or ()}
+        if not there or self.scores():
+            return []
+        return [
+            f"no run has the metric of objective={self.objective}; there are: "
+            f"{', '.join(sorted(there))}"
+        ]
+
+
+def score(run: Run, objective: str) -> float | None:
+    """The best value of the metric `objective`; `-metric` is one of which more is better.
+
+    The smaller the returned value the better, so that of `-metric` is its negative.
+    """
+    best = run.status.get("best")
+    if best and best["metric"] == objective:
+        return float(best["value"])
+    sign, metric = (-1.0, objective[1:]) if objective.startswith("-") else (1.0, objective)
+    values = [sign * line[metric] for line in journal.read(run.journal_file) if metric in line]
+    return min(filter(math.isfinite, values), default=None)
+
+
+def without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """`config` less the dotted `keys` (a group's key takes the whole group out)."""
+    out = json.loads(json.dumps(config, default=str))
+    for key in keys:
+        *parents, last = key.replace("/", ".").partition("@")[0].split(".")
+        node: Any = out
+        for part in parents:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(last, None)
+    return out

@@ -1,0 +1,1 @@
+"""One run: its directory, identity, status, lock, signals and failures."""

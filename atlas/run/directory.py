@@ -1,0 +1,278 @@
+"""A run: its configuration, its directory and the files in it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import glob
+import json
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atlas.config.checks import without_secret
+from atlas.errors import AtlasError, RunBusyError
+from atlas.run.code_version import code_state
+from atlas.run.identity import identity, run_id
+from atlas.run.lock import Lock, guarded, replace
+
+ROOT = Path(__file__).resolve().parents[2]
+FINAL = ("finished", "failed", "killed")
+
+
+class Run:
+    """One run, found by its directory; every path in that directory is a property here."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def journal_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def saved(self) -> int:
+        """Updates that the newest checkpoint has, without a look into it; 0 where there is none."""
+        return max(
+            (int(p.name) for p in self.checkpoints.glob("[0-9]*") if p.name.isdigit()), default=0
+        )
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def failure_file(self) -> Path:
+        """What the first rank to fail had to say, in the last attempt."""
+        return self.logs / "failure.json"
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """The record in `failure_file`, if a rank has failed."""
+        try:
+            return dict(json.loads(self.failure_file.read_text()))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.png"
+
+    @property
+    def evaluation_file(self) -> Path:
+        """What `atlas evaluate` has measured."""
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_picture(self) -> Path:
+        return self.path / "evaluation.png"
+
+    @property
+    def mlflow_file(self) -> Path:
+        """What the shipper remembers: the MLflow run and how far the journal has been sent."""
+        return self.path / "mlflow.json"
+
+    @property
+    def lock(self) -> Lock:
+        """A new handle on the lock; hold on to the one that you acquire."""
+        return Lock(self.path / "lock.json")
+
+    @property
+    def exists(self) -> bool:
+        return self.config_file.exists()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The frozen configuration as plain values; `run` is the head that Atlas added."""
+        try:
+            with open(self.config_file) as file:
+                found = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            found = None
+        if not isinstance(found, dict):
+            raise AtlasError(
+                f"{self.config_file} is damaged: it holds no configuration; the command that "
+                "started the run writes it anew"
+            )
+        return found
+
+    def use_modules(self) -> None:
+        """Put the folders of the person's own modules on `sys.path`, as they were at submit."""
+        use_modules(self.config["run"]["sys_path"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The part of the configuration that the id hashes."""
+        config = self.config
+        return identity(config, config["run"]["world_size"])
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """`status.json` as it was last written; empty before that, and where a crash emptied it."""
+        try:
+            return dict(json.loads(self.status_file.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return {}
+
+    @property
+    def state(self) -> str | None:
+        """The state as judged now: a run that says it is running but has no live holder is not."""
+        recorded = self.status.get("state")
+        if recorded == "running" and self.lock.live_holder() is None:
+            return "killed"
+        return recorded
+
+    def update_status(self, **changes: Any) -> dict[str, Any]:
+        """Replace `status.json` by itself with `changes`, atomically."""
+        status = {**self.status, **changes, "updated": round(time.time(), 3)}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or torn
+            status["mlflow_run_id"] = json.loads(self.mlflow_file.read_text()).get("run_id")
+        replace(self.status_file, json.dumps(status, indent=1) + "\n")
+        return status
+
+    @classmethod
+    def plan(cls, config: Mapping[str, Any], world_size: int) -> Run:
+        """Where the run of a resolved `config` lives, without touching the disk."""
+        name = run_id(identity(config, world_size))
+        return cls(Path(config["outputs"]) / str(config["name"]) / name)
+
+    @classmethod
+    def find(cls, reference: str, outputs: str | Path) -> Run:
+        """The run that `reference` names: a directory, or an id (or its unique beginning)."""
+        if (Path(reference) / "config.yaml").exists():
+            return cls(reference)
+        found = sorted(Path(outputs).glob(f"*/{glob.escape(reference)}*/config.yaml"))
+        exact = [path for path in found if path.parent.name == reference]
+        if len(exact or found) == 1:
+            return cls((exact or found)[0].parent)
+        what = "no run" if not found else f"{len(found)} runs"
+        raise AtlasError(
+            f"'{reference}' names {what} below {outputs}; give a run's directory or its whole id"
+            + "".join(f"\n  {path.parent}" for path in found[:10])
+        )
+
+    def create(self, config: Mapping[str, Any], world_size: int, command: Command) -> None:
+        """Make the directory, freeze `config` in it and write the first status.
+
+        An existing run keeps its status: only its frozen configuration is renewed, which can differ
+        in what the id does not hash. A live one is refused with `RunBusyError`.
+        """
+        with guarded(self.path.parent):
+            self.refuse_if_live()
+            self.logs.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            replace(self.config_file, self._frozen(config, world_size, command))
+            if not self.status:
+                self.update_status(**self._first_status(config, world_size, command))
+
+    def refuse_if_live(self) -> None:
+        """Raise `RunBusyError` where another live process writes this run."""
+        holder = self.lock.live_holder()
+        if holder:
+            raise RunBusyError(
+                f"run {self.id} is already running: process {holder.pid} on {holder.host}"
+                + (f", job {holder.job_id}" if holder.job_id else "")
+                + f" ({self.path})"
+            )
+
+    def move_aside(self) -> Path | None:
+        """Rename the directory to `<id>.old-N`; nothing is deleted. Returns the new path."""
+        with guarded(self.path.parent):
+            if not self.path.exists():
+                return None
+            self.refuse_if_live()
+            number = 1
+            while (aside := self.path.with_name(f"{self.id}.old-{number}")).exists():
+                number += 1
+            self.path.rename(aside)
+        return aside
+
+    def _frozen(self, config: Mapping[str, Any], world_size: int, command: Command) -> str:
+        head = {
+            "id": self.id,
+            "world_size": world_size,
+            "overrides": list(command.overrides),
+            "sweep": command.sweep,
+            "command": command.line,
+            "sys_path": list(command.sys_path),
+            "code": command.code,
+        }
+        body = {"run": head, **{k: v for k, v in config.items() if k != "run"}}
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        text = yaml.dump(body, Dumper=dumper, sort_keys=False, allow_unicode=True, width=100)
+        return f"# Frozen configuration of Atlas run {self.id}; read it, do not edit it.\n{text}"
+
+    def _first_status(
+        self, config: Mapping[str, Any], world_size: int, command: Command
+    ) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "name": config["name"],
+            "state": "queued",
+            "reason": None,
+            "step": 0,
+            "steps": config["trainer"]["steps"],
+            "best": None,
+            "last": {},
+            "restarts": 0,
+            "world_size": world_size,
+            "launcher": None,
+            "host": socket.gethostname(),
+            "pid": None,
+            "job_id": None,
+            "mlflow_run_id": None,
+            "created": round(time.time(), 3),
+            "command": command.line,
+            "git": command.code,
+        }
+
+
+class Command:
+    """What the person typed, and from where: kept with the run so that it can be typed again."""
+
+    def __init__(self, overrides: Sequence[str], sys_path: Sequence[str] = ()) -> None:
+        self.overrides = list(overrides)
+        self.sweep: str | None = None  # id of the sweep that the run is part of
+        self.sys_path = [str(Path(entry).absolute()) for entry in sys_path]
+        self.line = shlex.join(["python", *map(without_secret, sys.orig_argv[1:])])
+        self.code = code_state(Path(self.sys_path[0]) if self.sys_path else ROOT)
+        if self.sys_path:
+            self.code["atlas"] = code_state(ROOT)["digest"]
+
+
+def use_modules(folders: Sequence[str]) -> None:
+    """Put `folders` on `sys.path`, in their order, ahead of what is there."""
+    for entry in reversed(folders):
+        if entry not in sys.path:
+            sys.path.insert(0, entry)
+
+
+def when(seconds: float) -> str:
+    """A time stamp as local time for a person."""
+    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

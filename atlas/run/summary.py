@@ -1,0 +1,120 @@
+"""What a run will do, and what it did, in words for a person."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from atlas.run.directory import Run, when
+from atlas.run.identity import effective_batch
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 48
+
+
+def summary(run: Run) -> str:
+    """How the run stands, where its results are, and what to type next."""
+    status = run.status
+    state = run.state
+    done = f"run {run.id} is {state}"
+    if status.get("reason"):
+        done += f" ({status['reason']})"
+    lines = [f"{done}: step {status['step']} of {status['steps']}, {when(status['updated'])}"]
+    if status.get("best"):
+        best = status["best"]
+        lines.append(f"  best {best['metric']} {best['value']:.6g} at step {best['step']}")
+    last = {k: v for k, v in status.get("last", {}).items() if k.startswith("val/")}
+    last.pop("val/time_s", None)
+    if last:
+        lines.append("  last " + "  ".join(f"{key} {value:.4g}" for key, value in last.items()))
+    lines.append(f"  results {run.path}")
+    if state == "finished":
+        lines.append("  the same command with fresh=true starts over and keeps what is there")
+    elif state in ("killed", "preempted"):
+        lines.append(
+            f"  the same command goes on from here, and so does: python train.py resume={run.id}"
+        )
+    return "\n".join(lines)
+
+
+def outline(run: Run, config: Mapping[str, Any], launcher: Any) -> str:
+    """The part of the plan that can be told without the model and the data."""
+    world = launcher.world_size
+    batch = effective_batch(config, world)
+    size, accumulate = config["data"]["batch_size"], config["trainer"]["accumulate"]
+    ratio = batch / config["optim"]["base_batch_size"]
+    factor = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[config["optim"]["scale_lr"]]
+    state = run.state
+    rows = {
+        "run": run.id + (f" ({state}, step {run.status['step']})" if state else " (new)"),
+        "directory": str(run.path),
+        "launcher": f"{launcher.name}: {launcher.nodes} node(s) x {launcher.nproc_per_node} rank(s), "
+        f"device {config['cluster']['device']}",
+        "effective batch": f"{batch} samples = {size} per GPU x {world} rank(s) x {accumulate} "
+        "micro-batch(es)",
+        "rate scaling": f"{config['optim']['scale_lr']}: r = {batch} / "
+        f"{config['optim']['base_batch_size']} = {ratio:g}, so the base rate is "
+        f"{config['optim']['lr']:g} x {factor:.4g} = {config['optim']['lr'] * factor:.4g}",
+        "saves": saves(config["trainer"]),
+    }
+    if launcher.sharding:
+        rows["sharding"] = f"{launcher.sharding}: " + (
+            f"weights, gradients and optimizer state are cut over {world} ranks"
+            if world > 1
+            else "one rank holds everything, there is nobody to share with"
+        )
+    return table(rows)
+
+
+def rates(config: Mapping[str, Any], base: float, multipliers: Mapping[str, float]) -> str:
+    """The rate of every group at the steps that tell the schedule, and its curve."""
+    steps = int(config["trainer"]["steps"])
+    schedule = load_schedule(config["schedule"])
+    warmup = int(config["schedule"].get("warmup") or 0)
+    shown = sorted({0, warmup // 2, warmup, steps // 2, steps - 1})
+    width = max([len("learning rate"), *(len(name) for name in multipliers)])
+    lines = ["learning rate".ljust(width) + "".join(f"{f'step {s}':>12}" for s in shown)]
+    for name, multiplier in multipliers.items():
+        values = (
+            f"{base * multiplier * schedule(s, steps):12.3g}" if multiplier else f"{'frozen':>12}"
+            for s in shown
+        )
+        lines.append(name.ljust(width) + "".join(values))
+    factors = [
+        schedule(round(i * (steps - 1) / (CURVE_WIDTH - 1)), steps) for i in range(CURVE_WIDTH)
+    ]
+    lines.append(f"{''.ljust(width)}  {curve(factors)}")
+    return "\n".join(lines)
+
+
+def curve(values: list[float]) -> str:
+    """`values` (of which the largest fills the line) as a row of bars."""
+    top = max(*values, 1e-12)
+    return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in values)
+
+
+def load_schedule(node: Mapping[str, Any]) -> Callable[[int, int], float]:
+    """The schedule that `node` describes."""
+    module, _, name = str(node["_target_"]).rpartition(".")
+    arguments = {key: value for key, value in node.items() if not key.startswith("_")}
+    schedule: Callable[[int, int], float] = getattr(importlib.import_module(module), name)(
+        **arguments
+    )
+    return schedule
+
+
+def saves(trainer: Mapping[str, Any]) -> str:
+    """When checkpoints are written."""
+    due = ["at the last step", "after every validation that is the best so far"]
+    if trainer["save_minutes"]:
+        due.insert(0, f"{trainer['save_minutes']:g} min after the last one")
+    if trainer["save_interval"]:
+        due.insert(0, f"every {trainer['save_interval']} steps")
+    return ", ".join(due) + f"; the newest {trainer['keep']} and the best are kept"
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """`rows` as aligned lines."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())

@@ -1,0 +1,1 @@
+"""What is checked and estimated with the model in hand before a run starts."""

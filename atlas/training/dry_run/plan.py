@@ -1,0 +1,116 @@
+"""The part of a plan that needs the model and the data in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from atlas.errors import ConfigError
+from atlas.models.pretrained import without_weights
+from atlas.run.identity import effective_batch
+from atlas.run.summary import rates, table
+from atlas.training.build import CPU, base_lr, build, doubts
+from atlas.training.dry_run.memory import Estimate, estimate
+from atlas.training.dry_run.preflight import META
+from atlas.training.optimization.precision import check_precision
+from atlas.training.parts import Parts
+from atlas.training.ranks import world as distributed
+from atlas.training.trainer import validation_interval
+
+
+def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) -> str:
+    """Data, parameters and rates of a run; builds its model and data, and writes nothing.
+
+    `elsewhere`: the run is for another machine, so that what this one can compute on and in which
+    precision does not matter.
+    """
+    wanted = config["cluster"]["device"]
+    device = CPU if elsewhere else distributed.choose_device(wanted, 0)
+    if not elsewhere:
+        check_precision(config["trainer"]["precision"], device)
+    parts = hollow(config, world_size)
+    memory = estimate(config, parts, world_size)
+    multipliers = {group.name: group.multiplier for group in parts.groups}
+    return "\n".join(
+        [
+            *(f"warning: {doubt}" for doubt in doubts(config, parts)),
+            table(data_rows(config, parts, world_size, wanted if elsewhere else str(device))),
+            "",
+            parameters(parts),
+            "",
+            memory.text(),
+            *room(memory, device),
+            "",
+            rates(config, base_lr(config, world_size), multipliers),
+        ]
+    )
+
+
+def hollow(config: Mapping[str, Any], world_size: int) -> Parts:
+    """The run's parts; a plan needs no weights, so they are neither read nor have memory.
+
+    A model that does not let itself be built so gets some, at random.
+    """
+    spared = {**config, "trainer": {**config["trainer"], "precision": "fp32"}}
+    with without_weights():
+        try:
+            return build(spared, world_size, META)
+        except ConfigError:
+            raise
+        except Exception:  # what a constructor may do with tensors, meta tensors cannot all
+            return build(spared, world_size, CPU)
+
+
+def room(memory: Estimate, device: torch.device) -> list[str]:
+    """What this machine's GPU has to say to it; nothing where the run is for another one."""
+    if device.type != "cuda":
+        return []
+    free, whole = torch.cuda.mem_get_info(device)
+    left = f"{free / 1e9:.1f} GB of {whole / 1e9:.1f} are free on {device}"
+    if memory.total <= free:
+        return [f"  {left}; CUDA takes about 1 GB of them for itself"]
+    return [f"  warning: this is more than there is, {left}"]
+
+
+def data_rows(
+    config: Mapping[str, Any], parts: Parts, world_size: int, device: str
+) -> dict[str, str]:
+    """Devices, sizes of the data sets, and when the run validates."""
+    samples, batch = len(parts.train), effective_batch(config, world_size)
+    steps = config["trainer"]["steps"]
+    interval = validation_interval(config["trainer"]["val_interval"], samples)
+    if parts.val is None:
+        validates = "never; there is no data.val"
+    else:
+        every = f"every {interval} steps and " if interval else ""
+        validates = f"{every}at the last step, on {len(parts.val)} samples"
+    return {
+        "device": device,
+        "data": f"{samples} training samples, {samples / batch:.1f} updates an epoch, "
+        f"{steps} updates = {steps * batch / samples:.1f} epochs",
+        "validates": validates,
+    }
+
+
+def parameters(parts: Parts) -> str:
+    """Trained and frozen parameters of every module at the top of the model, and of all."""
+    model = parts.model
+    rows = [(name, *count(module)) for name, module in model.named_children()]
+    own = [p for p in model.parameters(recurse=False)]
+    if own:
+        trained = sum(p.numel() for p in own if p.requires_grad)
+        rows.append(("(own)", trained, sum(p.numel() for p in own) - trained))
+    rows.append(("all", *count(model)))
+    width = max(len("parameters"), *(len(name) for name, *_ in rows))
+    lines = [f"{'parameters'.ljust(width)}{'trained':>14}{'frozen':>14}"]
+    lines += [f"{name.ljust(width)}{trained:14,}{frozen:14,}" for name, trained, frozen in rows]
+    return "\n".join(lines)
+
+
+def count(module: nn.Module) -> tuple[int, int]:
+    """How many numbers of `module` are trained, and how many are frozen."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in module.parameters()) - trained

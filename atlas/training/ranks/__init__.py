@@ -1,0 +1,1 @@
+"""Several ranks as one: process groups, agreement, replicas, sharding."""

@@ -1,0 +1,125 @@
+"""What a failed job makes of its run, whatever the moment at which the ranks have failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import pytest
+
+from atlas.run.directory import Run
+from launchers.slurm import epilog
+
+JOB = "7"
+CRASH = {"kind": "crash", "rank": 1, "host": "n1", "step": 9, "state": "failed"}
+CRASH |= {"reason": "crash: OSError: torn", "message": "torn", "traceback": ""}
+GONE = CRASH | {"rank": 0, "reason": "crash: RuntimeError: Connection closed by peer"}
+NAN = CRASH | {"kind": "NaN", "rank": 0, "reason": "NaN: loss"}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job's environment and a `scontrol` that notes what it is told; gives what it noted."""
+    shims, told = tmp_path / "shims", tmp_path / "told"
+    shims.mkdir()
+    (shims / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {told}\nexit ${{REFUSED:-0}}\n')
+    (shims / "squeue").write_text(f'#!/bin/sh\n[ -z "$STATE" ] || echo "{JOB}|$STATE|x"\n')
+    for program in shims.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(shims), prepend=":")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    return told
+
+
+def failed_job(
+    folder: Path, state: str, saved: int, failure: dict[str, Any] | None, attempt: int, log: str
+) -> Run:
+    """A run whose ranks have just ended, that had 4 updates saved before attempt `attempt`."""
+    run = Run(folder / "run")
+    run.logs.mkdir(parents=True)
+    run.config_file.write_text("tracking: {kind: none}\n")
+    run.update_status(state=state, job_id=JOB, restarts=1, step=saved, reason=None)
+    (run.checkpoints / "00000004").mkdir(parents=True)
+    epilog.note_attempt(run, run.path, JOB, attempt)
+    (run.checkpoints / f"{saved:08d}").mkdir(exist_ok=True)
+    if failure:
+        run.failure_file.write_text(json.dumps(failure | {"time": 0}))
+    (run.path / f"{JOB}_0_log.out").write_text(f"Starting with JobEnvironment\n{log}\n")
+    return run
+
+
+KILLED, SEGFAULT = "srun: error: n1: task 1: Killed", "srun: error: n1: task 0: Segmentation fault"
+
+
+@pytest.mark.parametrize(
+    "state, saved, failure, attempt, log, left, reason, requeued",
+    [
+        ("failed", 8, CRASH, 1, "", "queued", "rank 1 on n1: crash: OSError: torn; 8", True),
+        ("running", 8, CRASH, 1, "", "queued", "8 updates are saved", True),
+        ("failed", 4, CRASH, 1, "", "failed", "rank 1 on n1: crash: OSError: torn", False),
+        ("failed", 8, NAN, 1, "", "failed", "NaN: loss", False),
+        ("failed", 8, GONE, 1, SEGFAULT, "queued", "crash: n1: task 0: Segmentation", True),
+        ("failed", 8, GONE, 1, KILLED, "failed", "out of memory: n1: task 1: Killed", False),
+        ("running", 8, None, 1, "", "queued", "crash: no rank has said why", True),
+        # Rank 0 had not begun: nothing that was saved is of this attempt.
+        ("queued", 8, None, 0, SEGFAULT, "failed", "crash: n1: task 0", False),
+        # The job is at work again, on another node.
+        ("running", 8, CRASH, 2, "", "running", None, False),
+        ("finished", 8, None, 1, SEGFAULT, "finished", None, False),
+        ("killed", 8, None, 1, SEGFAULT, "killed", None, False),
+        ("preempted", 8, None, 1, KILLED, "queued", "preempted: rank 0 ended before", True),
+    ],
+)
+def test_what_becomes_of_the_run(
+    tmp_path, slurm, monkeypatch, state, saved, failure, attempt, log, left, reason, requeued
+):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = failed_job(tmp_path, state, saved, failure, attempt, log)
+    epilog.main(run.path)
+    assert run.status["state"] == left
+    assert (run.status["reason"] is None) if reason is None else (reason in run.status["reason"])
+    assert slurm.exists() == requeued
+    assert run.status["restarts"] == 1 + requeued
+    assert run.failure_file.exists() == (left == "failed" or (not requeued and bool(failure)))
+
+
+def test_a_requeue_that_is_refused(tmp_path, slurm, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("REFUSED", "1")
+    run = failed_job(tmp_path, "failed", 8, CRASH, 1, "")
+    epilog.main(run.path)
+    assert run.status["state"] == "failed" and run.status["restarts"] == 1
+    assert "scontrol requeue failed" in run.status["reason"]
+
+
+def test_a_preempted_run_that_rank_0_has_requeued(tmp_path, slurm, monkeypatch):
+    monkeypatch.setenv("STATE", "COMPLETING")
+    run = failed_job(tmp_path, "preempted", 8, None, 0, KILLED)
+    epilog.main(run.path)
+    assert run.status["state"] == "preempted" and not slurm.exists()
+
+
+def test_ranks_that_fail_before_the_submitter_has_told_of_them(
+    tmp_path, slurm, monkeypatch, capsys
+):
+    run = failed_job(tmp_path, "queued", 4, CRASH, 0, "")
+    note = run.path / f"{JOB}_attempt.json"
+    late = note.rename(tmp_path / "late")
+    monkeypatch.setattr(epilog, "NOTE_S", 0)
+    epilog.main(run.path)
+    assert run.status["state"] == "queued" and "the same command" in capsys.readouterr().out
+    monkeypatch.setattr(epilog, "NOTE_S", 60)
+    Timer(0.3, late.rename, [note]).start()
+    epilog.main(run.path)
+    assert run.status["state"] == "failed"
+
+
+def test_a_run_that_was_sent_again_is_left_alone(tmp_path, slurm):
+    run = failed_job(tmp_path, "failed", 8, CRASH, 0, "")
+    run.update_status(state="queued", job_id="8")
+    epilog.main(run.path)
+    assert run.status["state"] == "queued" and not slurm.exists()
