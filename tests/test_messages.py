@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from atlas import reasons
-from atlas.config import KEYS
+from atlas.config.checks import KEYS
 from atlas.errors import ConfigError, nearest
-from atlas.plan import outline, summary
+from atlas.run import failures
+from atlas.run.summary import outline, summary
 
 CONFIG: dict[str, Any] = {
     "data": {"batch_size": 8},
@@ -40,7 +40,7 @@ def killed() -> str:
 
 def failed() -> str:
     where = {"rank": 1, "host": "node-17", "step": 12, "state": "failed"}
-    return reasons.summary({**where, "reason": "crash: ValueError: shape\nand more"})
+    return failures.summary({**where, "reason": "crash: ValueError: shape\nand more"})
 
 
 # THE GOLDEN TEXTS: whoever changes words changes these, and no other test. (What makes it, the text.)
