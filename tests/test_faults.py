@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from commands import (
     start,
     status,
     train,
+    unnamed,
     wait_for_step,
     weights,
 )
@@ -140,7 +142,7 @@ def test_killed_before_an_early_stop(tmp_path: Path) -> None:
     early = ("trainer.val_interval=2", "trainer.patience=2", "optim.lr=1e-9", "seed=4")
     train(*quick(tmp_path / "twin", *early))
     twin = only_run(tmp_path / "twin")
-    assert status(twin)["reason"].startswith("early stop") and status(twin)["step"] < 24
+    assert status(twin)["state"] == "finished" and status(twin)["step"] < 24
     outputs = tmp_path / "killed"
     slow = (*early, "model.pause=0.03", "trainer.save_interval=1")
     killed_when(outputs, lambda: checkpoint(outputs, 3), *slow)
@@ -187,7 +189,7 @@ def test_asked_to_stop_while_data_is_waited_for(
     assert process.returncode == 75 and time.monotonic() - began < 5, said
     run = only_run(tmp_path / "o")
     stopped = status(run)
-    assert stopped["state"] == "killed" and stopped["reason"] == "stopped by SIGTERM"
+    assert stopped["state"] == "killed" and unnamed(stopped["reason"], "SIGTERM") == []
     assert checkpoint(tmp_path / "o", stopped["step"])
     flag.unlink()
     train(*arguments)
@@ -205,7 +207,8 @@ def test_the_time_is_over_while_data_is_waited_for(
     arguments = quick(tmp_path / "o", *stuck, *(TWO if ranks > 1 else ()))
     train(*arguments, "trainer.max_time=0.1", code=75)
     run = only_run(tmp_path / "o")
-    assert status(run)["state"] == "killed" and "max_time=0.1 min" in status(run)["reason"]
+    assert status(run)["state"] == "killed"
+    assert unnamed(status(run)["reason"], "trainer.max_time=0.1") == []
     flag.unlink()
     train(*arguments)
     assert_twins(run, request.getfixturevalue("undisturbed" if ranks == 1 else "two_undisturbed"))
@@ -253,8 +256,8 @@ def test_a_full_disk(tmp_path: Path, undisturbed: Path, left: int) -> None:
         fill(disk, left)
         said = process.communicate(timeout=60)[0]
         assert process.returncode == 1, said
-        assert "could not be written" in said and "MB are free" in said and str(run) in said, said
-        assert "No space left on device" in said and "Traceback" not in said
+        assert unnamed(said, run / "checkpoints", os.strerror(errno.ENOSPC), "MB") == [], said
+        assert "Traceback" not in said
         assert [p.name for p in sorted((run / "checkpoints").glob("[0-9]*"))] == ["00000005"]
         if left:
             assert status(run)["state"] == "failed" and "state.pt" in status(run)["reason"]
@@ -283,7 +286,7 @@ def test_the_same_run_started_twice_at_once(tmp_path: Path, ranks: int) -> None:
     assert sorted(codes) == [0, 1], said
     loser = said[codes.index(1)]
     run = only_run(tmp_path)
-    assert f"{status(run)['pid']}" in loser and status(run)["host"] in loser, loser
+    assert unnamed(loser, run, status(run)["pid"], status(run)["host"]) == [], loser
     assert "Traceback" not in loser, loser
     assert status(run)["state"] == "finished" and not (run / "logs" / "failure.json").exists()
     assert points(run) and len(lines(run / "samples.jsonl")) == 24
