@@ -60,8 +60,8 @@ time.sleep(100)
 # Sends a run and prints how many points that were.
 SENT = """
 import sys
-from atlas.run import Run
-from atlas.sync import sync
+from atlas.run.directory import Run
+from atlas.record.shipping.sync import sync
 print(sync(Run(sys.argv[1])).sent)
 """
 
