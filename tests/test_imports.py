@@ -150,7 +150,7 @@ def test_the_scan_sees_what_is_there():
 
 
 # What each room may import besides itself: the floors, from the ground up.
-GROUND = ("atlas.errors", "atlas.version", "atlas.schedule")
+GROUND = ("atlas.errors", "atlas.protocol", "atlas.version", "atlas.schedule")
 SYSTEM = (*GROUND, "atlas.system")
 CONFIG = (*SYSTEM, "atlas.config")
 RUN = (*CONFIG, "atlas.run")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from atlas.errors import ConfigError
+from atlas.models.protocol import ActionHead
+from atlas.protocol import offers
 
 Batch = Mapping[str, Any]
 
@@ -159,7 +161,7 @@ def _check(spec: Mapping[str, Any]) -> None:
 
 def _check_head(head: Any, spec: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for numbers where actions are discrete, and for choices where not."""
-    discrete, chooses = bool(spec.get("discrete")), bool(getattr(head, "discrete", False))
+    discrete, chooses = bool(spec.get("discrete")), offers(head, ActionHead) and head.discrete
     if discrete and not chooses:
         raise ConfigError(
             f"model.action_head is a {type(head).__name__}, which predicts numbers, and the data's "

@@ -14,10 +14,23 @@ from numpy.typing import NDArray
 
 from atlas.data import baselines
 from atlas.data.baselines import Block, Errors, Hits
+from atlas.data.protocol import (
+    HasBaselines,
+    HasEpisodes,
+    HasRecordedEpisodes,
+    HasRolloutBaselines,
+    NamesActions,
+    Prepares,
+    ReadsBlocks,
+    scenes_of,
+    spec_of,
+)
 from atlas.errors import AtlasError
+from atlas.models.protocol import Acts
 from atlas.policy import trajectories
 from atlas.policy.export import made
 from atlas.policy.policy import Policy, load_policy
+from atlas.protocol import offers
 from atlas.run.directory import Run
 from atlas.run.lock import replace
 from atlas.run.trust import config_of
@@ -43,9 +56,9 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
     train, val = build_data(config)
     if val is None:
         raise AtlasError(f"run {run.id} has data.val=null: there are no held-out episodes")
-    if not hasattr(policy.model, "act"):
+    if not offers(policy.model, Acts):
         raise AtlasError(f"{type(policy.model).__name__} has no method act, which predicts actions")
-    if hasattr(val, "prepare"):
+    if offers(val, Prepares):
         val.prepare()
     predictions = Predictions(config, policy, val)
     errors, hits = Errors(), Hits()
@@ -57,7 +70,7 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
         "step": policy.step,
         "device": str(policy.device),
         "samples": samples,
-        "episodes": len(np.unique(val.episode)) if hasattr(val, "episode") else None,
+        "episodes": len(np.unique(val.episode)) if offers(val, HasEpisodes) else None,
         "error": summary(errors, joints),
         "baselines": _baselines(config, train, val, errors, joints),
         "accuracy": _accuracy(config, train, val, hits) if discrete(val) else None,
@@ -96,7 +109,7 @@ class Predictions:
 
     def episode(self, names: list[str]) -> trajectories.Episode | None:
         """The first episode, to be drawn; None where the data does not tell its episodes."""
-        if not hasattr(self._data, "episode"):
+        if not offers(self._data, HasEpisodes):
             return None
         first = self._data.episode[0]
         ids = np.flatnonzero(self._data.episode == first)
@@ -144,7 +157,7 @@ def _at(places: Array, rows: Array, count: int) -> Array:
 
 def rollout(policy: Policy, data: Any) -> dict[str, float] | None:
     """The mean of each outcome over the data set's scenes; None where there are none."""
-    scenes = getattr(data, "scenes", 0) or 0
+    scenes = scenes_of(data)
     if not scenes:
         return None
     outcomes = data.rollout(policy.act_batch, range(scenes))
@@ -153,8 +166,8 @@ def rollout(policy: Policy, data: Any) -> dict[str, float] | None:
 
 def rollout_baselines(data: Any) -> dict[str, dict[str, float]] | None:
     """The means of the same outcomes for what learns nothing, where the data set can tell them."""
-    scenes = getattr(data, "scenes", 0) or 0
-    if not scenes or not hasattr(data, "rollout_baselines"):
+    scenes = scenes_of(data)
+    if not scenes or not offers(data, HasRolloutBaselines):
         return None
     found = data.rollout_baselines(range(scenes))
     return {name: means(outcomes) for name, outcomes in found.items()}
@@ -167,7 +180,7 @@ def means(outcomes: Mapping[str, Array]) -> dict[str, float]:
 
 def discrete(data: Any) -> bool:
     """Whether one of some actions is taken at a time, a 1 among zeros."""
-    return bool((getattr(data, "spec", None) or {}).get("discrete"))
+    return bool((spec_of(data) or {}).get("discrete"))
 
 
 def summary(errors: Errors, joints: list[str]) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def _baselines(
 ) -> dict[str, Any]:
     """What needs no network, with `ratio`: the policy's error over its."""
     # Holding the state is a prediction only where actions are states: the data set knows.
-    names = list(val.baselines(train)) if hasattr(val, "baselines") else ["mean_action"]
+    names = list(val.baselines(train)) if offers(val, HasBaselines) else ["mean_action"]
     guesses = baselines.fit(lambda: blocks(config, train), names)
     measured = baselines.measure(guesses, blocks(config, val))
     return {
@@ -209,7 +222,7 @@ def _accuracy(config: Mapping[str, Any], train: Any, val: Any, hits: Hits) -> di
 
 def blocks(config: Mapping[str, Any], data: Any) -> Iterator[Block]:
     """State, actions and mask of all samples, without images where the data set can do so."""
-    if hasattr(data, "blocks"):
+    if offers(data, ReadsBlocks):
         yield from data.blocks()
         return
     size = int(config["data"]["batch_size"])
@@ -236,13 +249,13 @@ def check_batch(batch: Any) -> None:
 
 def action_names(data: Any, count: int) -> list[str]:
     """What the data set calls its actions, else numbers."""
-    names = getattr(data, "action_names", None)
+    names = data.action_names if offers(data, NamesActions) else None
     return list(names) if names is not None and len(names) == count else [*map(str, range(count))]
 
 
 def first_name(data: Any, place: int) -> str:
     """The recording's own number of the episode in this place, where it has one."""
-    numbers = getattr(data, "episodes", None)
+    numbers = data.episodes if offers(data, HasRecordedEpisodes) else None
     return str(numbers[place] if isinstance(numbers, list) else place)
 
 

@@ -15,7 +15,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from atlas.config.checks import is_sharded
+from atlas.data.protocol import spec_of
 from atlas.errors import ConfigError
+from atlas.models.protocol import HasImageSize, HasVision
+from atlas.protocol import offers
 from atlas.run.identity import effective_batch
 from atlas.training.feeding import features
 from atlas.training.feeding.randomness import seed_everything
@@ -35,7 +38,7 @@ def build(config: Mapping[str, Any], world_size: int, device: torch.device) -> P
     """
     check_precision(config["trainer"]["precision"], device)
     train, val = build_data(config)
-    spec = getattr(train, "spec", None)
+    spec = spec_of(train)
     hollow = device.type == "meta"
     with device if hollow else contextlib.nullcontext():
         model = build_model(config, spec)
@@ -60,7 +63,9 @@ def arrange(
 def doubts(config: Mapping[str, Any], parts: Parts) -> list[str]:
     """What is allowed and likely to be a mistake; for a person to read."""
     there = (parts.spec or {}).get("image_size")
-    seen = getattr(getattr(parts.model, "vision", None), "image_size", None)
+    model: Any = parts.model
+    vision = model.vision if offers(model, HasVision) else None
+    seen = vision.image_size if offers(vision, HasImageSize) else None
     if config["data"].get("image_size") is None or not there or not seen:
         return []
     if not any(wanted > pixels for wanted, pixels in zip(seen, there, strict=True)):
@@ -75,7 +80,7 @@ def build_data(config: Mapping[str, Any]) -> tuple[Any, Any | None]:
     """The training and the validation set (None where `data.val` is null)."""
     train = create(config["data"]["train"], "data.train")
     check_dataset(train, "data.train")
-    if needs_spec(config) and getattr(train, "spec", None) is None:
+    if needs_spec(config) and spec_of(train) is None:
         raise ConfigError(
             f"model._target_={config['model']['_target_']} is built from the training set's `spec`, "
             f"and a {type(train).__name__} has none; docs/own.md says what it holds"

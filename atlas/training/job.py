@@ -10,7 +10,9 @@ from dataclasses import fields
 from typing import Any
 
 from atlas.config.checks import is_sharded
+from atlas.data.protocol import Prepares
 from atlas.errors import AtlasError
+from atlas.protocol import offers
 from atlas.record.tracker import Tracker
 from atlas.run import trust
 from atlas.run.directory import Run
@@ -92,7 +94,7 @@ def begin(
 ) -> tuple[TrainState, Ema | None]:
     """What has to come before the first update, in the order that it has to come in."""
     for data in (parts.train, parts.val):
-        if data is not None and hasattr(data, "prepare"):
+        if data is not None and offers(data, Prepares):
             data.prepare()  # what takes long and is shared, before workers and steps
     if world.is_main:
         checkpoints.repair()

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from atlas.data.protocol import HasBaselines, scenes_of
+from atlas.protocol import offers
 from atlas.run.signals import StopWaiting
 from atlas.training.feeding.randomness import StepSeeds
 from atlas.training.feeding.stream import ValidationStream, to_device
@@ -114,7 +116,7 @@ class Validation:
 
     def _against_baselines(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """`val/l1_vs_<baseline>` for every trivial prediction that the data set knows the L1 of."""
-        if "val/l1" not in metrics or not hasattr(self._dataset, "baselines"):
+        if "val/l1" not in metrics or not offers(self._dataset, HasBaselines):
             return {}
         if self._baselines is None:
             self._baselines = self._dataset.baselines(self._train)
@@ -128,7 +130,7 @@ class Validation:
         self, model: Any, calls: Callable[[Callable[[Any], Any]], Calls]
     ) -> dict[str, float]:
         """The mean of each outcome over the data set's scenes, such as `val/success`."""
-        scenes = range(getattr(self._dataset, "scenes", 0) or 0)
+        scenes = range(scenes_of(self._dataset))
         if not scenes:
             return {}
         policy = calls(self._on_device(model.act))

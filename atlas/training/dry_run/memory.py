@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from atlas.config.checks import is_sharded
+from atlas.data.protocol import HasFrames
 from atlas.models.pretrained import without_weights
+from atlas.protocol import offers
 from atlas.training.build import CPU, arrange, build_model, build_optimizer
 from atlas.training.dry_run.preflight import META, room
-from atlas.training.feeding import features
 from atlas.training.feeding.stream import Fetcher, Order, on_bad
 from atlas.training.optimization.gradient import Sums
 from atlas.training.optimization.optimizer import Group
@@ -189,7 +190,7 @@ def example(config: Mapping[str, Any], parts: Parts, count: int) -> Any:
     """
     data, seed = parts.train, int(config["seed"])
     ids = Order(len(data), seed).ids(0, count)
-    if not all(hasattr(data, name) for name in features.OFFERED):
+    if not offers(data, HasFrames):
         return Fetcher(data, seed, on_bad(config)).good(ids, range(count), refill=True)[1]
     batch, views = data.batch(ids, images=False), len(data.spec["cameras"])
     if config["data"].get("cache_features"):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from atlas.config.checks import is_sharded
+from atlas.data.protocol import spec_of
 from atlas.errors import AtlasError, ConfigError
 from atlas.run.directory import Run
 from atlas.training.build import build_data, build_model, build_optimizer, needs_spec
@@ -67,7 +68,7 @@ def check(config: Mapping[str, Any], world_size: int) -> Report:
     data = report.attempt("data", lambda: build_data(config))
     if data is None and needs_spec(config):
         return report
-    spec = getattr(data[0], "spec", None) if data else None
+    spec = spec_of(data[0]) if data else None
     model = _model(config, spec, report)
     if model is None:
         return report

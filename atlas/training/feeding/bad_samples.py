@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from atlas.data.protocol import Describes
 from atlas.errors import BadSampleError
+from atlas.protocol import offers
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ def name(dataset: Any, index: int) -> str:
     """A sample in words; a data set with `describe(id)` says where it was recorded."""
     text = f"sample {index} of {type(dataset).__name__}"
     try:
-        return f"{text} ({dataset.describe(index)})" if hasattr(dataset, "describe") else text
+        return f"{text} ({dataset.describe(index)})" if offers(dataset, Describes) else text
     except Exception:  # it is about a bad sample: what it can say of it can be bad too
         return text
 

@@ -26,7 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from atlas.data.arrays import cache_folder, is_ready, locked, open_array, write_array
+from atlas.data.protocol import HasFrames
 from atlas.errors import ConfigError
+from atlas.models.protocol import Encodes, HasVision
+from atlas.protocol import missing, offers
 from atlas.training.optimization.precision import autocast
 
 log = logging.getLogger("atlas")
@@ -37,7 +40,6 @@ FRAMES = 16  # that go through the vision at once
 LOG_EVERY = 10.0  # seconds between two lines about a long computation
 KEY = "data.cache_features=true"
 OFF = "set data.cache_features=false"
-OFFERED = ("image_blocks", "block_images", "image_places")
 
 
 def check(config: Mapping[str, Any], model: nn.Module, data: Sequence[Any]) -> None:
@@ -268,9 +270,8 @@ def _digest(values: Any) -> str:
 
 
 def _wrong_model(model: nn.Module) -> Iterator[str]:
-    vision = getattr(model, "vision", None)
-    offered = ("encode", "fingerprint", "grid", "width")
-    lacking = [name for name in offered if not hasattr(vision, name)]
+    vision = model.vision if offers(model, HasVision) else None
+    lacking = missing(vision, Encodes)
     if not isinstance(vision, nn.Module) or lacking:
         what = "no module `vision`" if vision is None else f"a vision without {', '.join(lacking)}"
         yield (
@@ -285,7 +286,7 @@ def _wrong_model(model: nn.Module) -> Iterator[str]:
 
 
 def _wrong_data(data: Any) -> Iterator[str]:
-    lacking = [name for name in OFFERED if not hasattr(data, name)]
+    lacking = missing(data, HasFrames)
     if lacking:
         yield (
             f"{type(data).__name__} does not say which frames its images are ({lacking[0]} is "

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, default_collate
 
+from atlas.data.protocol import Collates, Dataset, ReadsBatches
 from atlas.errors import ConfigError
+from atlas.protocol import offers
 from atlas.training.feeding import bad_samples as bad
 from atlas.training.feeding.randomness import mix, sample_seeds
 from atlas.training.feeding.workers import answers
@@ -68,9 +70,11 @@ class Fetcher:
         self.dataset = dataset
         self.skips = on_bad == "skip"
         self._seed = seed
-        self._batch: Callable[..., Batch] | None = getattr(dataset, "batch", None)
+        self._batch: Callable[..., Batch] | None = (
+            dataset.batch if offers(dataset, ReadsBatches) else None
+        )
         self._takes_seeds = self._batch is not None and _arguments(self._batch) > 1
-        self._collate = getattr(dataset, "collate", default_collate)
+        self._collate = dataset.collate if offers(dataset, Collates) else default_collate
 
     def fetch(self, ids: Ids, positions: Sequence[int] | Ids) -> Batch:
         """The collated batch of `ids`, which stand at `positions` of the stream."""
@@ -233,8 +237,7 @@ def _arguments(function: Callable[..., Any]) -> int:
 
 def check_dataset(dataset: Any, key: str) -> None:
     """Raise `ConfigError` for a data set that is not map-style or is empty."""
-    map_style = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-    if isinstance(dataset, IterableDataset) or not map_style:
+    if isinstance(dataset, IterableDataset) or not offers(dataset, Dataset):
         raise ConfigError(
             f"{key}: {type(dataset).__name__} is not a map-style data set; Atlas needs "
             "`len(data)` and `data[i]`, since a sample's index is what lets a run resume exactly"

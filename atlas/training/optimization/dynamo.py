@@ -8,11 +8,14 @@ names inside, nothing is spared and nothing breaks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from atlas.models.protocol import Untraced
+from atlas.protocol import offers
 
 _UNCOMPILED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
@@ -67,7 +70,8 @@ def compile_in_place(model: nn.Module) -> None:
 
     A module's `untraced` names methods that hold nothing to compile, such as those on text.
     """
-    for module in model.modules():
-        for name in getattr(module, "untraced", ()):
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        for name in module.untraced if offers(module, Untraced) else ():
             setattr(module, name, torch.compiler.disable(getattr(module, name)))
     model.compile()

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from atlas.errors import ConfigError
+from atlas.models.protocol import Acts
+from atlas.protocol import offers
 from atlas.training.optimization.ema import Ema
 from atlas.training.optimization.optimizer import Group, Optimizer
 from atlas.training.parts import Parts
@@ -121,7 +123,7 @@ def _cut(model: nn.Module, world: World) -> None:
     for name, block in blocks(model):
         # The root is needed again first in the backward pass.
         fully_shard(block, mesh=mesh, reshard_after_forward=bool(name))
-    if hasattr(model, "act"):  # the other way into a policy
+    if offers(model, Acts):  # the other way into a policy
         register_fsdp_forward_method(model, "act")
     unused = getattr(model, "set_reduce_scatter_unused_params", None)  # of newer versions of torch
     if unused is not None:  # or ranks would wait for one whose loss leaves a parameter out
