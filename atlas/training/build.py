@@ -64,7 +64,7 @@ def doubts(config: Mapping[str, Any], parts: Parts) -> list[str]:
     """What is allowed and likely to be a mistake; for a person to read."""
     there = (parts.spec or {}).get("image_size")
     model: Any = parts.model
-    vision = model.vision if offers(model, HasVision) else None
+    vision: Any = model.vision if offers(model, HasVision) else None
     seen = vision.image_size if offers(vision, HasImageSize) else None
     if config["data"].get("image_size") is None or not there or not seen:
         return []
