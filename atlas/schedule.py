@@ -1,14 +1,41 @@
-"""Learning-rate schedules: pure functions of the step, standard library only.
+"""The learning rate of every module in every update, from the standard library alone.
 
-A schedule is called as `schedule(step, total)` and returns the factor that the base rate is
-multiplied by in update number `step`, counted from 0, of `total`. It keeps nothing between calls,
-so a resumed run needs no state of it and every step can be asked for in any order.
+A schedule is called as `schedule(step, total)` and returns the factor on the base rate in update number
+`step`, counted from 0, of `total`. It keeps nothing between calls, so a resumed run restores no state of
+it, and any step can be asked for in any order. `LearningRate` is the one rule that the dry run prints,
+the optimizer applies and the journal records.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+ScheduleFunction = Callable[[int, int], float]  # (step, total) -> factor on the base rate
+
+
+def scaling(kind: str, effective_batch: int, base_batch_size: int) -> float:
+    """Return the factor of `optim.scale_lr`: 1, r or the root of r, r = effective / base batch size.
+
+    Linear: Goyal et al. 2017; square root: Krizhevsky 2014.
+    """
+    ratio = effective_batch / base_batch_size
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[kind]
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Base rate (`optim.lr` x `scaling`) x a module's multiplier x the schedule's factor."""
+
+    base: float
+    schedule: ScheduleFunction
+    steps: int  # updates of the run
+
+    def rates(self, step: int, multipliers: Mapping[str, float]) -> dict[str, float]:
+        """Return the rate of each module in update `step`, by the names in `multipliers`."""
+        factor = self.schedule(step, self.steps)
+        return {name: self.base * multiplier * factor for name, multiplier in multipliers.items()}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atlas.run.summary import load_schedule
-from atlas.schedule import Constant, Cosine, Linear
+from atlas.schedule import Constant, Cosine, LearningRate, Linear
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = (Cosine, Linear, Constant)
@@ -85,9 +84,14 @@ def test_never_negative_and_never_above_the_rate(schedule):
     assert min(factors) >= 0 and max(factors) == 1.0 and factors.index(1.0) == 13
 
 
-def test_configuration_gives_the_schedule():
-    node = {"_target_": "atlas.schedule.Linear", "warmup": 4, "floor": 0.5}
-    assert load_schedule(node) == Linear(4, 0.5)
+def test_one_rule_gives_every_module_its_rate():
+    rate = LearningRate(base=2e-4, schedule=Linear(4, 0.5), steps=12)
+    multipliers = {"vision": 0.0, "lang_encoder": 0.1, "action_head": 1.0}
+    assert rate.rates(0, multipliers) == dict.fromkeys(multipliers, 0.0)
+    assert rate.rates(4, multipliers) == pytest.approx(
+        {"vision": 0.0, "lang_encoder": 2e-5, "action_head": 2e-4}
+    )
+    assert rate.rates(8, multipliers)["action_head"] == pytest.approx(1.5e-4)
 
 
 def test_standard_library_only():

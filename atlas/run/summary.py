@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from atlas.run.directory import Run, when
 from atlas.run.identity import effective_batch
+from atlas.schedule import LearningRate, scaling
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 48
@@ -43,8 +43,9 @@ def outline(run: Run, config: Mapping[str, Any], launcher: Any) -> str:
     world = launcher.world_size
     batch = effective_batch(config, world)
     size, accumulate = config["data"]["batch_size"], config["trainer"]["accumulate"]
-    ratio = batch / config["optim"]["base_batch_size"]
-    factor = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[config["optim"]["scale_lr"]]
+    optim = config["optim"]
+    ratio = batch / optim["base_batch_size"]
+    factor = scaling(optim["scale_lr"], batch, optim["base_batch_size"])
     state = run.state
     rows = {
         "run": run.id + (f" ({state}, step {run.status['step']})" if state else " (new)"),
@@ -67,23 +68,18 @@ def outline(run: Run, config: Mapping[str, Any], launcher: Any) -> str:
     return table(rows)
 
 
-def rates(config: Mapping[str, Any], base: float, multipliers: Mapping[str, float]) -> str:
-    """The rate of every group at the steps that tell the schedule, and its curve."""
-    steps = int(config["trainer"]["steps"])
-    schedule = load_schedule(config["schedule"])
+def rates(config: Mapping[str, Any], rate: LearningRate, multipliers: Mapping[str, float]) -> str:
+    """Return a table of every group's rate at the steps that show the schedule, and its curve."""
     warmup = int(config["schedule"].get("warmup") or 0)
-    shown = sorted({0, warmup // 2, warmup, steps // 2, steps - 1})
+    shown = sorted({0, warmup // 2, warmup, rate.steps // 2, rate.steps - 1})
     width = max([len("learning rate"), *(len(name) for name in multipliers)])
     lines = ["learning rate".ljust(width) + "".join(f"{f'step {s}':>12}" for s in shown)]
+    columns = [rate.rates(step, multipliers) for step in shown]
     for name, multiplier in multipliers.items():
-        values = (
-            f"{base * multiplier * schedule(s, steps):12.3g}" if multiplier else f"{'frozen':>12}"
-            for s in shown
-        )
+        values = (f"{c[name]:12.3g}" if multiplier else f"{'frozen':>12}" for c in columns)
         lines.append(name.ljust(width) + "".join(values))
-    factors = [
-        schedule(round(i * (steps - 1) / (CURVE_WIDTH - 1)), steps) for i in range(CURVE_WIDTH)
-    ]
+    steps = (round(i * (rate.steps - 1) / (CURVE_WIDTH - 1)) for i in range(CURVE_WIDTH))
+    factors = [rate.schedule(step, rate.steps) for step in steps]
     lines.append(f"{''.ljust(width)}  {curve(factors)}")
     return "\n".join(lines)
 
@@ -92,16 +88,6 @@ def curve(values: list[float]) -> str:
     """`values` (of which the largest fills the line) as a row of bars."""
     top = max(*values, 1e-12)
     return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in values)
-
-
-def load_schedule(node: Mapping[str, Any]) -> Callable[[int, int], float]:
-    """The schedule that `node` describes."""
-    module, _, name = str(node["_target_"]).rpartition(".")
-    arguments = {key: value for key, value in node.items() if not key.startswith("_")}
-    schedule: Callable[[int, int], float] = getattr(importlib.import_module(module), name)(
-        **arguments
-    )
-    return schedule
 
 
 def saves(trainer: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from atlas.errors import ConfigError
 from atlas.models.protocol import HasImageSize, HasVision
 from atlas.protocol import offers
 from atlas.run.identity import effective_batch
+from atlas.schedule import LearningRate, scaling
 from atlas.training.feeding import features
 from atlas.training.feeding.randomness import seed_everything
 from atlas.training.feeding.stream import check_dataset
@@ -118,20 +119,21 @@ def build_optimizer(
         return optim.Optimizer(
             groups,
             factory,
-            base_lr=base_lr(config, world_size),
-            schedule=create(config["schedule"], "schedule"),
-            steps=int(config["trainer"]["steps"]),
+            rate=learning_rate(config, world_size),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim.optimizer: {error}") from error
 
 
-def base_lr(config: Mapping[str, Any], world_size: int) -> float:
-    """`optim.lr` times the factor of `optim.scale_lr`."""
+def learning_rate(config: Mapping[str, Any], world_size: int) -> LearningRate:
+    """Return the rule that gives every module its rate in every update."""
     settings = config["optim"]
     batch = effective_batch(config, world_size)
-    return float(settings["lr"]) * optim.scale(
-        settings["scale_lr"], batch, settings["base_batch_size"]
+    factor = scaling(settings["scale_lr"], batch, settings["base_batch_size"])
+    return LearningRate(
+        base=float(settings["lr"]) * factor,
+        schedule=create(config["schedule"], "schedule"),
+        steps=int(config["trainer"]["steps"]),
     )
 
 

@@ -241,7 +241,7 @@ class Trainer:
             return
         batch = self.stream.effective_batch
         other = {
-            **{f"lr/{name}": rate for name, rate in self.optimizer.rates(step).items()},
+            **{f"lr/{name}": rate for name, rate in self.optimizer.rates.items()},
             **self.window.metrics(batch),
             "epoch": (step + 1) * batch / self.stream.order.length,
             **({"bad_samples": self.state.bad_samples} if self.stream.skips else {}),

@@ -12,7 +12,7 @@ from atlas.errors import ConfigError
 from atlas.models.pretrained import without_weights
 from atlas.run.identity import effective_batch
 from atlas.run.summary import rates, table
-from atlas.training.build import CPU, base_lr, build, doubts
+from atlas.training.build import CPU, build, doubts, learning_rate
 from atlas.training.dry_run.memory import Estimate, estimate
 from atlas.training.dry_run.preflight import META
 from atlas.training.optimization.precision import check_precision
@@ -44,7 +44,7 @@ def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) 
             memory.text(),
             *room(memory, device),
             "",
-            rates(config, base_lr(config, world_size), multipliers),
+            rates(config, learning_rate(config, world_size), multipliers),
         ]
     )
 

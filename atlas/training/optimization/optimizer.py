@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from atlas.errors import ConfigError, nearest
+from atlas.schedule import LearningRate
 from atlas.training.optimization.dynamo import bare_step, spare_compiler
 from atlas.training.ranks.world import local
 
@@ -46,15 +46,6 @@ class Group:
     def count(self) -> int:
         """How many numbers the parameters hold."""
         return sum(p.numel() for p in self.parameters)
-
-
-def scale(kind: str, effective_batch: int, base_batch_size: int) -> float:
-    """The factor on the base rate: 1, r or the root of r, r = effective / base batch size.
-
-    Linear: Goyal et al. 2017; square root: Krizhevsky 2014.
-    """
-    ratio = effective_batch / base_batch_size
-    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[kind]
 
 
 def group_parameters(model: nn.Module, multipliers: Mapping[str, float]) -> list[Group]:
@@ -97,34 +88,27 @@ class Optimizer:
         groups: list[Group],
         factory: Callable[..., torch.optim.Optimizer],
         *,
-        base_lr: float,
-        schedule: Callable[[int, int], float],
-        steps: int,
+        rate: LearningRate,
     ) -> None:
-        self._schedule = schedule
-        self._steps = steps
+        self._rate = rate
         trained = [g for g in groups if not g.frozen and any(p.requires_grad for p in g.parameters)]
         if not trained:
             raise ConfigError(
                 "optim.lr_multipliers leaves nothing to train; give a module a factor above 0"
             )
-        self.base_lrs = {group.name: base_lr * group.multiplier for group in trained}
+        self.multipliers = {group.name: group.multiplier for group in trained}
+        self.rates = rate.rates(0, self.multipliers)
         self.parameters = [p for g in trained for p in g.parameters if p.requires_grad]
         spare_compiler()
         self.inner = factory(list(self._inner_groups(trained)))
         self._step = bare_step(self.inner)
         self._accepts_found_inf = bool(getattr(self.inner, "_step_supports_amp_scaling", False))
 
-    def rates(self, step: int) -> dict[str, float]:
-        """The learning rate of each group in update `step`."""
-        factor = self._schedule(step, self._steps)
-        return {name: base * factor for name, base in self.base_lrs.items()}
-
     def set_rates(self, step: int) -> None:
-        """Make update `step` use its rates."""
-        factor = self._schedule(step, self._steps)
+        """Apply the rates of update `step`; `rates` holds them, by the group's name."""
+        self.rates = self._rate.rates(step, self.multipliers)
         for group in self.inner.param_groups:
-            group["lr"] = self.base_lrs[group["name"]] * factor
+            group["lr"] = self.rates[group["name"]]
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradients there are, this rank's parts where they are cut over the ranks.
@@ -149,7 +133,7 @@ class Optimizer:
 
     def _inner_groups(self, trained: list[Group]) -> Iterator[dict[str, Any]]:
         for group in trained:
-            base = {"name": group.name, "lr": self.base_lrs[group.name]}
+            base = {"name": group.name, "lr": self.rates[group.name]}
             decayed = [p for p in group.decayed if p.requires_grad]
             undecayed = [p for p in group.undecayed if p.requires_grad]
             if decayed:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from atlas.errors import ConfigError
-from atlas.schedule import Constant
+from atlas.schedule import Constant, LearningRate
 from atlas.training.feeding.stream import TrainStream
 from atlas.training.optimization.gradient import Gradient, Sums
 from atlas.training.optimization.optimizer import Optimizer, group_parameters
@@ -80,7 +80,7 @@ def update(cut: tuple[int, int], lengths: str, weight: str | None, clip: float |
         data, seed=0, batch_size=size, accumulate=accumulate, workers=0, world=ALONE
     )
     optimizer = Optimizer(
-        group_parameters(model, {}), torch.optim.SGD, base_lr=0.1, schedule=Constant(), steps=10
+        group_parameters(model, {}), torch.optim.SGD, rate=LearningRate(0.1, Constant(), 10)
     )
     sums = Sums(detailed=True)
     for _, batch in stream.iterate(0, 1):
@@ -158,7 +158,7 @@ def test_no_valid_element_anywhere_gives_no_gradient(weight, clip):
 def test_what_is_not_finite_is_known_by_its_step(value, where):
     model = Net(None)
     groups = group_parameters(model, {})
-    optimizer = Optimizer(groups, torch.optim.SGD, base_lr=1, schedule=Constant(), steps=9)
+    optimizer = Optimizer(groups, torch.optim.SGD, rate=LearningRate(1, Constant(), 9))
     judge = Gradient(optimizer, ALONE, 1.0)
     for step, bad in [(3, False), (4, True)]:
         sums = Sums(detailed=False)
@@ -198,7 +198,7 @@ def over_ranks(world: World, weight: str | None, detailed: bool) -> tuple[float,
     if weight:
         data.mask[16:, 1:] = 0
     groups = group_parameters(model, {})
-    optimizer = Optimizer(groups, torch.optim.SGD, base_lr=1, schedule=Constant(), steps=9)
+    optimizer = Optimizer(groups, torch.optim.SGD, rate=LearningRate(1, Constant(), 9))
     sums = Sums(detailed)
     for start in (16 * world.rank, 16 * world.rank + 8):
         part = slice(start, start + 8)

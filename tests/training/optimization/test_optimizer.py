@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from atlas.errors import ConfigError
-from atlas.schedule import Cosine
+from atlas.schedule import Cosine, LearningRate, scaling
 from atlas.training.optimization.gradient import Gradient, Sums
 from atlas.training.optimization.optimizer import (
     Optimizer,
     check_fused,
     freeze,
     group_parameters,
-    scale,
     total_norm,
 )
 from atlas.training.ranks.world import World
@@ -57,8 +56,8 @@ def named(model: nn.Module, groups: list[Any]) -> dict[str, set[str]]:
 def optimizer(model: nn.Module, factory: Any, multipliers: dict[str, float] | None = None, **more):
     groups = group_parameters(model, multipliers or {})
     freeze(groups)
-    settings = {"base_lr": 0.1, "schedule": Cosine(4), "steps": 20, **more}
-    return Optimizer(groups, factory, **settings)
+    rate = LearningRate(**{"base": 0.1, "schedule": Cosine(4), "steps": 20, **more})
+    return Optimizer(groups, factory, rate=rate)
 
 
 def backward(model: nn.Module, size: float = 1.0) -> None:
@@ -132,7 +131,7 @@ def test_frozen_means_no_gradient_no_update_and_eval_for_good():
         "lang.norm.weight",
         "lang.norm.bias",
     }
-    assert set(held.base_lrs) == {"rest"} and len(held.parameters) == 9
+    assert set(held.rates) == {"rest"} and len(held.parameters) == 9
     assert frozen_modules(model) == [model.vision, model.lang["norm"]]
     assert "vision.1.running_mean" in frozen_names(model)
     before = copy.deepcopy(model.state_dict())
@@ -174,7 +173,7 @@ def test_nothing_left_to_train_is_an_error():
     ],
 )
 def test_scaling_has_the_numbers_of_the_seed(kind, batch, base, rate):
-    assert 1e-4 * scale(kind, batch, base) == pytest.approx(rate, rel=1e-4)
+    assert 1e-4 * scaling(kind, batch, base) == pytest.approx(rate, rel=1e-4)
 
 
 @pytest.mark.parametrize("step", [0, 2, 4, 12, 19, 20])
@@ -182,12 +181,11 @@ def test_every_group_has_its_rate(step):
     model = Policy()
     held = optimizer(model, torch.optim.AdamW, {"vision": 0, "lang": 0.1, "head": 2})
     factor = Cosine(4)(step, 20)
-    rates = held.rates(step)
-    assert rates == pytest.approx(
+    held.set_rates(step)
+    assert held.rates == pytest.approx(
         {"lang": 0.01 * factor, "head": 0.2 * factor, "rest": 0.1 * factor}
     )
-    held.set_rates(step)
-    assert {g["name"]: g["lr"] for g in held.inner.param_groups} == rates
+    assert {g["name"]: g["lr"] for g in held.inner.param_groups} == held.rates
 
 
 def test_rates_survive_loading_the_state():
@@ -199,7 +197,7 @@ def test_rates_survive_loading_the_state():
     again = optimizer(Policy(), torch.optim.AdamW, {"lang": 0.1})
     again.inner.load_state_dict(held.inner.state_dict())
     again.set_rates(12)
-    assert {g["name"]: g["lr"] for g in again.inner.param_groups} == again.rates(12)
+    assert {g["name"]: g["lr"] for g in again.inner.param_groups} == again.rates
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
