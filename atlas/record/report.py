@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import math
 import os
 import textwrap
@@ -12,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas.record.shipping.cursor import masked
+from atlas.record import journal
+from atlas.record.shipping.cursor import masked, points
 from atlas.record.shipping.writer import Writer
 from atlas.run.directory import Run
 
@@ -81,23 +81,18 @@ def draw(run: Run) -> Path:
 def read_curves(path: Path) -> dict[str, Curve]:
     """`{key: (steps, values)}` of a journal; a long one keeps every n-th line of training.
 
-    Lines with validation are all kept. Lines that can't be read are left out.
+    Lines with validation are all kept.
     """
     curves: dict[str, Curve] = {}
-    stride = max(1, math.ceil(_count_lines(path) / KEPT_LINES))
-    for number, raw in enumerate(_raw_lines(path)):
+    stride = max(1, math.ceil(journal.count_lines(path) / KEPT_LINES))
+    for number, (raw, end) in enumerate(journal.read_raw(path)):
         if number % stride and b'"val/' not in raw:
-            continue
-        try:
-            line = json.loads(raw)
-            step = int(line["step"])
-        except (ValueError, TypeError, KeyError):
-            continue
-        for key, value in line.items():
-            if key not in ("step", "time") and isinstance(value, int | float):
-                steps, values = curves.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(float(value))
+            continue  # not even parsed: a long run has millions of lines
+        entry = journal.parse(path, raw, end) or {}
+        for key, value in points(entry).items():
+            steps, values = curves.setdefault(key, ([], []))
+            steps.append(entry["step"])
+            values.append(value)
     return curves
 
 
@@ -286,16 +281,3 @@ def _bad(value: float) -> bool:
 def _plain(key: str) -> str:
     """A key for a person; a legend would leave out a label that begins with `_`."""
     return key.replace("_", " ").strip() or key
-
-
-def _raw_lines(path: Path) -> Iterable[bytes]:
-    if path.exists():
-        with open(path, "rb") as file:
-            yield from file
-
-
-def _count_lines(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))

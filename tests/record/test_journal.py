@@ -20,7 +20,7 @@ from commands import unnamed
 
 from atlas.errors import AtlasError, RunBusyError
 from atlas.record import journal
-from atlas.record.journal import Journal, cut_torn_line, read
+from atlas.record.journal import Journal, cut_torn_line, read, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,10 +83,25 @@ def test_reading_leaves_a_torn_line_for_later_and_goes_on_from_an_offset(path):
     assert [line["step"] for line in read(path)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("damaged", [b'{"step": 1, "a', b"\0\0\0", b"\xff\xfe", b"[1]", b"{}", b""])
-def test_a_damaged_line_is_left_out(path, damaged):
+DAMAGED = [b'{"step": 1, "a', b"\0\0\0", b"\xff\xfe", b"[1]", b"{}", b"", b'{"step": "1"}']
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_line_is_skipped_and_reported_once(path, damaged, caplog):
     path.write_bytes(b'{"step": 0}\n' + damaged + b'\n{"step": 2}\n')
-    assert [line["step"] for line in read(path)] == [0, 2]
+    with caplog.at_level(logging.WARNING, "atlas.record.journal"):
+        assert [line["step"] for line in read(path)] == [0, 2]
+        assert [line["step"] for line in read(path)] == [0, 2]
+    assert len(caplog.records) == 1 and str(path) in caplog.text
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_an_offset_passes_a_damaged_last_line(path, damaged):
+    path.write_bytes(b'{"step": 0}\n' + damaged + b"\n")
+    found = list(read_lines(path))
+    assert [line.entry for line in found] == [{"step": 0}, None]
+    assert [line.end for line in found] == [12, path.stat().st_size]
+    assert list(read_lines(path, found[-1].end)) == []
 
 
 # (what stands, what is logged again from a step on, what is added, and the step, the key and both

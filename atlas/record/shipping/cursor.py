@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from atlas.record import journal
 from atlas.run.directory import Run
 from atlas.run.lock import replace
 
@@ -44,26 +44,6 @@ class Record:
         replace(run.mlflow_file, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """The complete lines from byte `offset` on, each with the offset behind it.
-
-    A line that is no JSON object is yielded as an empty dictionary: it must not stop what follows.
-    """
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        file.seek(offset)
-        for raw in file:
-            if not raw.endswith(b"\n"):
-                return
-            offset += len(raw)
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                line = {}
-            yield (line if isinstance(line, dict) else {}), offset
-
-
 def points(line: Mapping[str, Any]) -> dict[str, float]:
     """What of a journal's line is a metric: its numbers, less step and time."""
     return {
@@ -75,7 +55,7 @@ def points(line: Mapping[str, Any]) -> dict[str, float]:
 
 def points_left(run: Run, record: Record) -> int:
     """How many points of the journal are not in MLflow."""
-    return sum(len(points(line)) for line, _ in lines(run.journal_file, record.offset))
+    return sum(len(points(line)) for line in journal.read(run.journal_file, record.offset))
 
 
 def masked(text: str) -> str:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from atlas.errors import AtlasError
-from atlas.record.shipping.cursor import Record, lines, points_left
+from atlas.record import journal
+from atlas.record.shipping.cursor import Record, points_left
 from atlas.record.shipping.mlflow_store import (
     Store,
     artifact_root,
@@ -231,15 +232,17 @@ class Shipping:
         store = self._opened()
         batch: list[Any] = []  # MLflow's points
         end = self._record.offset
-        for line, after in lines(self.run.journal_file, end):
-            new = metrics(line)
+        for line in journal.read_lines(self.run.journal_file, end):
+            if line.entry is None:
+                say(f"skipped a damaged line of {self.run.journal_file}, up to byte {line.end}")
+            new = metrics(line.entry or {})
             if batch and len(batch) + len(new) > self._size:
                 self._send(store, batch, end)
                 batch = []
                 if writer and writer.expired():
                     return
             batch += new
-            end = after
+            end = line.end
         if end > self._record.offset:
             self._send(store, batch, end)
 
@@ -261,8 +264,8 @@ class Shipping:
 
     def _draw(self, over: bool) -> None:
         """Redraw the report where there are new lines, now and then and at the end."""
-        journal = self.run.journal_file
-        size = journal.stat().st_size if journal.exists() else 0
+        file = self.run.journal_file
+        size = file.stat().st_size if file.exists() else 0
         if (size, over) == self._drawn or (not over and time.monotonic() < self._redraw):
             return
         from atlas.record.report import draw
