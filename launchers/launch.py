@@ -19,11 +19,12 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from atlas.config.checks import check, not_set
 from atlas.config.dotted import flatten
 from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, AtlasError, ConfigError
-from atlas.run.directory import ROOT, Command, Run
+from atlas.run.directory import Command, Run
 from atlas.run.resume import adopt, announce, check_source, keep_effective_batch
 from atlas.run.summary import outline, summary
 from atlas.run.trust import taken
 from atlas.system.terminal import outlive
+from atlas.version import ROOT
 from launchers import torchrun
 from launchers.base import Launcher
 from launchers.hydra_errors import explain, first_line, is_hydras, is_of_a_file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from atlas.errors import ConfigError
-from atlas.run.directory import ROOT
-from atlas.run.lock import replace
+from atlas.system.files import digest_of_json, digest_of_parts, write_json
+from atlas.version import ROOT
 
 LIMIT_S = 600.0  # a child that takes longer is ended, and its configurations count as not checked
 # What of a configuration decides whether a model can be built and fed, less what does not matter.
@@ -55,12 +54,10 @@ def preflight(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[str
 
 def code_digest(folders: Sequence[Path]) -> str:
     """Of the contents of every Python file below `folders` (in git: tracked or not ignored)."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in _sources(folder):
-            digest.update(str(path).encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    paths = (path for folder in folders for path in _sources(folder))
+    return digest_of_parts(
+        part for path in paths for part in (str(path).encode(), path.read_bytes())
+    )
 
 
 def _sources(folder: Path) -> list[Path]:
@@ -93,8 +90,7 @@ def _digest(code: str, config: Mapping[str, Any]) -> str:
     if sharding := config["cluster"].get("sharding"):
         kept["sharding"] = sharding
     versions = [sys.version, *(_version(name) for name in LIBRARIES)]
-    text = json.dumps([code, versions, kept], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return digest_of_json([code, versions, kept])[:20]
 
 
 def _version(name: str) -> str:
@@ -118,7 +114,7 @@ def _remembered(config: Mapping[str, Any], digest: str) -> dict[str, Any] | None
 def _remember(config: Mapping[str, Any], digest: str, report: Mapping[str, Any] | None) -> None:
     file = _file(config, digest)
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, json.dumps(report) + "\n")
+    write_json(file, report)
 
 
 def _ask_child(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[str, Any]]:

@@ -21,7 +21,8 @@ import yaml
 
 from atlas.errors import EXIT_DONE, EXIT_FAILED, AtlasError
 from atlas.record import journal
-from atlas.run.directory import ROOT, Run
+from atlas.run.directory import Run
+from atlas.version import ROOT
 
 POLL_S = 0.0005  # a step of a tiny model takes about a millisecond
 ATTEMPTS = 3

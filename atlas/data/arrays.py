@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from atlas.system.files import atomic_file
 
 Array = NDArray[Any]
 
@@ -38,19 +37,12 @@ def write_array(
 
     Raises OSError where it cannot be written, and whatever making a part raises.
     """
-    temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
     header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    try:
-        # Written in order, not through a memory map: on a full disk that would be SIGBUS.
-        with open(temporary, "wb") as out:
-            np.lib.format.write_array_header_1_0(out, header)
-            for part in parts:
-                out.write(np.ascontiguousarray(part, dtype).tobytes())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Written in order, not through a memory map: on a full disk that would be SIGBUS.
+    with atomic_file(file, sync=True) as out:
+        np.lib.format.write_array_header_1_0(out, header)
+        for part in parts:
+            out.write(np.ascontiguousarray(part, dtype).tobytes())
 
 
 @lru_cache(maxsize=1024)  # below the number of open maps that a process may have
@@ -58,23 +50,3 @@ def open_array(file: Path) -> Array:
     """The array in `file`, mapped, not read."""
     array: Array = np.load(file, mmap_mode="r")
     return array
-
-
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold `path` against other processes; False where one has it and `wait` is not set.
-
-    The lock only saves work: each process writes under a name of its own and renames.
-    """
-    with open(path, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atlas.errors import ConfigError
+from atlas.system.files import digest
 
 BLOCK = 1024  # frames in a stretch of images or samples
 
@@ -78,7 +78,7 @@ class Demonstrations:
         """For each stretch of frames: what tells its pixels from all others, and their number."""
         starts = range(0, len(self), BLOCK)
         blocks = [self.images[start : start + BLOCK] for start in starts]
-        return [(hashlib.sha256(block.tobytes()).hexdigest(), len(block)) for block in blocks]
+        return [(digest(block.tobytes()), len(block)) for block in blocks]
 
     def block_images(self, block: int, start: int, stop: int) -> Tensor:
         """uint8 [stop - start, V, 3, H, W], frames of one of `image_blocks`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -32,8 +31,8 @@ from atlas.policy.export import made
 from atlas.policy.policy import Policy, load_policy
 from atlas.protocol import offers
 from atlas.run.directory import Run
-from atlas.run.lock import replace
 from atlas.run.trust import config_of
+from atlas.system.files import write_json
 from atlas.training.build import build_data
 from atlas.training.feeding.randomness import StepSeeds
 from atlas.training.feeding.stream import Fetcher, on_bad
@@ -78,7 +77,7 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
         "rollout_baselines": rollout_baselines(val),
         "created": round(time.time(), 3),
     }
-    replace(folder / run.evaluation_file.name, json.dumps(plain(found), indent=1) + "\n")
+    write_json(folder / run.evaluation_file.name, plain(found))
     if (episode := predictions.episode(joints)) is not None:
         trajectories.draw(episode, folder / run.evaluation_picture.name)
     return found

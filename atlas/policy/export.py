@@ -15,7 +15,7 @@ import torch
 
 from atlas.errors import AtlasError
 from atlas.run.directory import Run
-from atlas.run.lock import replace
+from atlas.system.files import atomic_path, write_json
 from atlas.training.saving.checkpoint import Checkpoints, averaged
 from atlas.version import __version__
 
@@ -68,9 +68,8 @@ def write(run: Run, out: Path) -> list[Path]:
         raise AtlasError(f"--out {out} is not empty; name a new folder")
     # Each tensor by itself: safetensors takes none that share memory.
     weights = {name: value.detach().clone().contiguous() for name, value in saved.weights.items()}
-    temporary = out / f".{WEIGHTS}.{os.getpid()}"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, out / WEIGHTS)
+    with atomic_path(out / WEIGHTS) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
     config = {
         "seed": saved.config["seed"],
         "model": with_parts(saved.config["model"], out),
@@ -86,7 +85,7 @@ def write(run: Run, out: Path) -> list[Path]:
         "spec": saved.spec,
         "config": config,
     }
-    replace(out / POLICY, json.dumps(content, indent=1) + "\n")
+    write_json(out / POLICY, content)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 

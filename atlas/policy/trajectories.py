@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from atlas.system.files import atomic_path
 
 MOST_PANELS = 9
 TRUE, PREDICTED = "#1f3b57", "#e07b00"
@@ -52,8 +53,7 @@ def draw(episode: Episode, path: Path) -> None:
     rows = math.ceil(len(chosen) / columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08)
     figure = Figure(figsize=(4.6 * columns + 0.4, 2.5 * rows + 0.9), dpi=100, layout=layout)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), atomic_path(path) as temporary:
         warnings.simplefilter("ignore")  # a glyph that the font lacks, an axis without extent
         figure.suptitle(episode.title, fontsize=11)
         for number, joint in enumerate(chosen):
@@ -64,7 +64,6 @@ def draw(episode: Episode, path: Path) -> None:
             if number == 0:
                 axes.legend(fontsize=7, frameon=False)
         FigureCanvasAgg(figure).print_figure(temporary, format="png")
-    os.replace(temporary, path)
 
 
 def _panel(axes: Any, episode: Episode, joint: int) -> None:

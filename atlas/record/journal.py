@@ -10,13 +10,13 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from atlas.errors import AtlasError
+from atlas.system.files import describe_write_error
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,7 @@ class Journal:
             try:
                 write_all(self._fd, text.encode())
             except OSError as error:
-                free = shutil.disk_usage(self.path.parent).free / 1e6
-                raise AtlasError(
-                    f"{self.path} could not be written ({error}); {free:.1f} MB are free there"
-                ) from error
+                raise AtlasError(describe_write_error(self.path, error)) from error
             self._lines.clear()
         if sync:
             os.fsync(self._fd)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from atlas.record import journal
 from atlas.record.shipping.cursor import masked, points
 from atlas.record.shipping.writer import Writer
 from atlas.run.directory import Run
+from atlas.system.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,8 +65,7 @@ def draw(run: Run) -> Path:
     rows = max(1, math.ceil(len(panels) / columns))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
     figure = Figure(figsize=(5.6 * columns + 0.4, 3.5 * rows + 1.1), dpi=100, layout=layout)
-    temporary = run.path / f".report.png.{os.getpid()}"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), atomic_path(run.report_file) as temporary:
         warnings.simplefilter("ignore")  # a glyph that the font lacks, an axis without extent
         _title(figure, run)
         for number, keys in enumerate(panels):
@@ -74,7 +73,6 @@ def draw(run: Run) -> Path:
         if not panels:
             figure.text(0.5, 0.45, "nothing in metrics.jsonl yet", ha="center", color=INK, size=13)
         FigureCanvasAgg(figure).print_figure(temporary, format="png")
-    os.replace(temporary, run.report_file)
     return run.report_file
 
 

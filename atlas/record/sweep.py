@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from atlas.record import journal
 from atlas.run.directory import Run
 from atlas.run.identity import identity
-from atlas.run.lock import guarded, replace
+from atlas.system.files import digest_of_json, guarded, write_json
 
 FOLDER = "sweeps"
 
@@ -39,8 +38,7 @@ class Group:
         """The group that `config` belongs to when `keys` are swept."""
         # The keys by name, without their values: that is what a wider grid has in common.
         kept = without(identity(config, 1), [*keys, "effective_batch"])
-        text = json.dumps([sorted(keys), kept], sort_keys=True, default=str)
-        name = hashlib.sha256(text.encode()).hexdigest()[:10]
+        name = digest_of_json([sorted(keys), kept])[:10]
         file = Path(config["outputs"]) / str(config["name"]) / FOLDER / f"{name}.json"
         return cls(file, config["objective"], {run.id: swept for run, swept in members})
 
@@ -56,7 +54,7 @@ class Group:
             if self.file.exists():
                 self.members = {**self.read(self.file).members, **self.members}
             data = {"id": self.id, "objective": self.objective, "members": self.members}
-            replace(self.file, json.dumps(data, indent=1) + "\n")
+            write_json(self.file, data)
 
     def runs(self) -> list[tuple[Run, list[str]]]:
         """Every run with the overrides in which it differs."""

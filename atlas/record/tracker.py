@@ -12,6 +12,7 @@ from atlas.record import journal
 from atlas.record.shipping.shipper import open_shipper
 from atlas.run.directory import Run
 from atlas.run.lock import Lock
+from atlas.system.files import write_text
 
 STATUS_S = 5.0
 PREEMPTED_WAIT_S = 5.0  # the queue is waiting for the machine
@@ -99,6 +100,4 @@ def _cut_samples(run: Run, step: int) -> None:
     kept = [
         json.dumps(line) + "\n" for line in journal.read(run.samples_file) if line["step"] < step
     ]
-    temporary = run.samples_file.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, run.samples_file)
+    write_text(run.samples_file, "".join(kept))

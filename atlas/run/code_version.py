@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from atlas.system.files import digest, digest_of_parts
 
 
 def code_state(folder: Path) -> dict[str, Any]:
@@ -41,7 +42,4 @@ def _sources(folder: Path) -> list[bytes]:
 
 
 def _digest(parts: list[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:12]
+    return digest_of_parts(bytes.fromhex(digest(part)) for part in parts)[:12]

@@ -20,9 +20,10 @@ from atlas.config.checks import without_secret
 from atlas.errors import AtlasError, RunBusyError
 from atlas.run.code_version import code_state
 from atlas.run.identity import identity, run_id
-from atlas.run.lock import Lock, guarded, replace
+from atlas.run.lock import Lock
+from atlas.system.files import guarded, write_json, write_text
+from atlas.version import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FINAL = ("finished", "failed", "killed")
 
 
@@ -153,7 +154,7 @@ class Run:
         status = {**self.status, **changes, "updated": round(time.time(), 3)}
         with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or torn
             status["mlflow_run_id"] = json.loads(self.mlflow_file.read_text()).get("run_id")
-        replace(self.status_file, json.dumps(status, indent=1) + "\n")
+        write_json(self.status_file, status)
         return status
 
     @classmethod
@@ -187,7 +188,7 @@ class Run:
             self.refuse_if_live()
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            replace(self.config_file, self._frozen(config, world_size, command))
+            write_text(self.config_file, self._frozen(config, world_size, command))
             if not self.status:
                 self.update_status(**self._first_status(config, world_size, command))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -15,6 +14,7 @@ from typing import Any
 
 from atlas.errors import AtlasError, ConfigError, NonFiniteError
 from atlas.run.directory import Run
+from atlas.system.files import create_text
 
 # What can end a run, as `kind` in `logs/failure.json` and the first words of the status's reason.
 STOPPED = "stopped"
@@ -90,7 +90,7 @@ def record(run: Run, rank: int, error: BaseException) -> None:
         "message": str(error),
         "traceback": "" if plain else "".join(traceback.format_exception(error)),
     }
-    _write(run, rank, entry)
+    _write(run, entry)
 
 
 def record_end(run: Run, rank: int, code: int) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def record_end(run: Run, rank: int, code: int) -> dict[str, Any]:
         "message": text,
         "traceback": "",
     }
-    _write(run, rank, entry)
+    _write(run, entry)
     return entry
 
 
@@ -124,11 +124,7 @@ def summary(failure: Mapping[str, Any]) -> str:
     return f"{failure.get('state')}: {where}{step}: {first}"
 
 
-def _write(run: Run, rank: int, entry: dict[str, Any]) -> None:
-    """Link the record into its place: the first to come stands."""
+def _write(run: Run, entry: dict[str, Any]) -> None:
+    """Write the record, unless another rank was first."""
     entry.update(time=time.time(), host=socket.gethostname())
-    temporary = run.failure_file.with_suffix(f".{rank}")
-    temporary.write_text(json.dumps(entry))
-    with contextlib.suppress(FileExistsError):
-        os.link(temporary, run.failure_file)
-    temporary.unlink()
+    create_text(run.failure_file, json.dumps(entry))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
+
+from atlas.system.files import digest
 
 # What can change without changing the result: where a run runs, how it is watched, how often it is
 # saved. Everything that is not named here (a person's own keys too) is part of the identity.
@@ -53,7 +54,7 @@ def identity(config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
 def run_id(identity: Mapping[str, Any]) -> str:
     """Ten hexadecimal digits of the SHA-256 of `identity`; the same in every process."""
     text = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
+    return digest(text)[:ID_LENGTH]
 
 
 def is_excluded(key: str) -> bool:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from atlas.errors import RunBusyError
+from atlas.system.files import guarded, write_json
 
 BEAT_S = 10.0
 # A holder on another host is given up when its heartbeat is older than this; on this host its
@@ -65,7 +64,7 @@ class Lock:
                     + (f" (job {other.job_id})" if other.job_id else "")
                     + f", last heard of {self.age():.0f} s ago; wait for it, or stop it first"
                 )
-            replace(self.path, json.dumps(asdict(me)))
+            write_json(self.path, asdict(me))
         self._mine = me
         self._stop.clear()
         threading.Thread(target=self._beat, name="atlas-heartbeat", daemon=True).start()
@@ -130,22 +129,6 @@ def job_id() -> str | None:
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{job}_{task}" if job and task else job
-
-
-@contextlib.contextmanager
-def guarded(folder: Path) -> Iterator[None]:
-    """Hold `folder`'s guard file: judging and replacing a lock, or moving a run, is one act."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".guard", "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        yield
-
-
-def replace(path: Path, text: str) -> None:
-    """Write `text` under a temporary name, then rename: a reader sees the old or the new file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _supersedes(me: Holder, other: Holder) -> bool:

@@ -20,7 +20,8 @@ from typing import Any
 from atlas.errors import AtlasError
 from atlas.run.directory import Run
 from atlas.run.failures import CRASH, MEMORY, PREEMPTED, may_retry, summary
-from atlas.run.lock import guarded, job_id, replace
+from atlas.run.lock import job_id
+from atlas.system.files import guarded, write_json
 from launchers.slurm.queue import QUERY_S, job_state, sentence
 
 # How long the submitter may take for the notes on all runs of an array.
@@ -32,7 +33,7 @@ PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process",
 def note_attempt(run: Run, folder: Path, job: str, attempt: int) -> None:
     """Which run a job trains, and how far that was saved before this attempt of it (from 0)."""
     note = {"run": str(run.path), "attempt": attempt, "saved": run.saved}
-    replace(_note_file(folder, job), json.dumps(note))
+    write_json(_note_file(folder, job), note)
 
 
 def attempt() -> int:
@@ -72,7 +73,7 @@ def main(folder: Path) -> None:
         if may_retry(failure["kind"], advanced):
             go_on(run, failure)
             return
-        replace(run.failure_file, json.dumps(failure))
+        write_json(run.failure_file, failure)
         run.update_status(state=failure["state"], reason=in_words(failure))
     tell_mlflow(run)
     print(summary(failure), flush=True)

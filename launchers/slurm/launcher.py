@@ -25,9 +25,10 @@ from atlas.errors import (
     RunBusyError,
     nearest,
 )
-from atlas.run.directory import ROOT, Run
-from atlas.run.lock import guarded
+from atlas.run.directory import Run
 from atlas.run.summary import summary
+from atlas.system.files import guarded
+from atlas.version import ROOT
 from launchers.base import Handle, Launcher
 from launchers.slurm import epilog
 from launchers.slurm.queue import (

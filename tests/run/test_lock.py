@@ -17,7 +17,8 @@ from commands import unnamed
 
 from atlas.errors import RunBusyError
 from atlas.run import lock as module
-from atlas.run.lock import STALE_S, Holder, Lock, replace
+from atlas.run.lock import STALE_S, Holder, Lock
+from atlas.system.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 # Takes the lock, says so, and then does what its input says, a line at a time.
@@ -84,7 +85,7 @@ def said(child: subprocess.Popen[str], command: str = "") -> str:
 
 def write_holder(path: Path, age: float = 0.0, **changes: object) -> None:
     """A lock file of somebody else, whose last heartbeat is `age` seconds ago."""
-    replace(path, json.dumps({**asdict(Holder.me()), "token": "theirs", **changes}))
+    write_json(path, {**asdict(Holder.me()), "token": "theirs", **changes})
     os.utime(path, (time.time() - age, time.time() - age))
 
 
@@ -244,15 +245,3 @@ def test_heart_beats_until_the_lock_is_given_back_or_lost(path, monkeypatch):
     assert not beats()  # it is not its own any more
     lock.release()
     assert path.exists()
-
-
-def test_a_reader_never_sees_half_a_file(tmp_path):
-    path = tmp_path / "status.json"
-    replace(path, json.dumps(["a"] * 10_000))
-    seen = []
-    for letter in "bcdefg":
-        with open(path) as before:
-            replace(path, json.dumps([letter] * 10_000))
-            seen.append(json.load(before))
-    assert [s[0] for s in seen] == list("abcdef") and all(len(s) == 10_000 for s in seen)
-    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]

@@ -6,8 +6,6 @@ has in memory a few microseconds; and the file is shared by workers, ranks, runs
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -18,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from atlas.data.arrays import is_ready, locked, write_array
+from atlas.data.arrays import is_ready, write_array
 from atlas.errors import ConfigError
+from atlas.system.files import claimed, digest_of_json
 
 logger = logging.getLogger("atlas")
 
@@ -138,8 +137,7 @@ class FrameCache:
         key: list[Any] = [path, stat.st_size, stat.st_mtime_ns, self.height, self.width]
         if video.start:  # a file of many episodes; else the name is what it always was
             key += [video.start, video.frames]
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        return self.directory / f"{video.path.stem}-{digest}.npy"
+        return self.directory / f"{video.path.stem}-{digest_of_json(key)[:16]}.npy"
 
     def ready(self, video: Video) -> bool:
         """Whether all frames of `video` are there; a file cut short is not ready."""
@@ -181,7 +179,7 @@ class FrameCache:
     def _fill_one(self, video: Video, wait: bool, progress: _Progress, problems: list[str]) -> bool:
         """False where another process is at it and `wait` is not set."""
         try:
-            with locked(self.file(video).with_suffix(".lock"), wait) as mine:
+            with claimed(self.file(video).with_suffix(".lock"), wait) as mine:
                 if mine and not self.ready(video):
                     self._write(video)
                     progress.add(video)

@@ -11,7 +11,7 @@ from typing import Any
 
 from atlas.record import journal
 from atlas.run.directory import Run
-from atlas.run.lock import replace
+from atlas.system.files import write_json
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Record:
     def save(self, run: Run) -> None:
         """Replace `mlflow.json`, atomically."""
         self.updated = round(time.time(), 3)
-        replace(run.mlflow_file, json.dumps(asdict(self), indent=1) + "\n")
+        write_json(run.mlflow_file, asdict(self))
 
 
 def points(line: Mapping[str, Any]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import posixpath
 import re
@@ -23,7 +22,7 @@ from atlas.record.shipping.cursor import Record, masked, points
 from atlas.record.shipping.tags import marks, run_name, tags
 from atlas.record.sweep import FOLDER, Group
 from atlas.run.directory import Run, when
-from atlas.run.lock import guarded
+from atlas.system.files import atomic_path, guarded, locked
 
 PARENT = "mlflow.parentRunId"  # what MLflow's own pages nest runs by
 GROUP = "atlas.sweep_id"
@@ -279,14 +278,11 @@ def create_sqlite(path: Path) -> None:
     if path.exists() and path.stat().st_size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.with_name(f".{path.name}.lock")):
         if path.exists() and path.stat().st_size:
             return
-        new = path.with_name(f".{path.name}.new")
-        new.unlink(missing_ok=True)
-        MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
-        os.replace(new, path)
+        with atomic_path(path, f".{path.name}.new") as new:
+            MlflowClient(tracking_uri=f"sqlite:///{new}").search_experiments(max_results=1)
 
 
 def metrics(line: Mapping[str, Any]) -> list[Metric]:

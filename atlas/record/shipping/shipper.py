@@ -18,7 +18,8 @@ from typing import Any
 
 from atlas.record.shipping.cursor import Record, points_left
 from atlas.record.shipping.writer import END, HANDLED, PARENT
-from atlas.run.directory import ROOT, Run
+from atlas.run.directory import Run
+from atlas.version import ROOT
 
 FLEET = "ATLAS_FLEET"  # in a rank's environment: its pool sends the journal
 WARN_EVERY_S = 1.0

@@ -8,7 +8,6 @@ between the batch and the note of it) is simply sent again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -31,7 +30,7 @@ from atlas.record.shipping.mlflow_store import (
 )
 from atlas.record.shipping.writer import Writer
 from atlas.run.directory import Run
-from atlas.run.lock import guarded
+from atlas.system.files import guarded, try_lock
 
 BATCH = 1000  # MLflow's limit of metrics in a request
 SMALLEST_BATCH = 50
@@ -324,7 +323,7 @@ def _alone(run: Run, writer: Writer | None) -> Iterator[None]:
     with open(run.path / ".sync.lock", "a+") as lock:
         ours = writer is not None and writer.is_parent
         until = time.monotonic() + BUSY_WAIT_S
-        while not _locked(lock.fileno()):
+        while not try_lock(lock):
             if writer and ours and not writer.gone():
                 until = time.monotonic() + BUSY_WAIT_S
             elif time.monotonic() > until or (not ours and run.lock.live_holder()):
@@ -338,14 +337,6 @@ def _alone(run: Run, writer: Writer | None) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
-
-
-def _locked(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

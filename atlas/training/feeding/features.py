@@ -10,11 +10,7 @@ runs and sweeps share it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from atlas.data.arrays import cache_folder, is_ready, locked, open_array, write_array
+from atlas.data.arrays import cache_folder, is_ready, open_array, write_array
 from atlas.data.protocol import HasFrames
 from atlas.errors import ConfigError
 from atlas.models.protocol import Encodes, HasVision
 from atlas.protocol import missing, offers
+from atlas.system.files import claimed, digest_of_json, digest_of_parts, free_bytes, write_json
 from atlas.training.optimization.precision import autocast
 
 log = logging.getLogger("atlas")
@@ -97,12 +94,12 @@ class FeatureCache:
             "fingerprint": self.vision.fingerprint(),
             **self.computed,
         }
-        self.folder = cache_folder("features") / _digest(self.identity)
+        self.folder = cache_folder("features") / digest_of_json(self.identity)[:16]
         self._patches = (int(np.prod(self.vision.grid)), int(self.vision.width))
 
     def file(self, block: str, views: int, size: Sequence[int]) -> Path:
         """Where the features of the frames are that `block` tells from all others."""
-        return self.folder / f"{_digest([block, views, list(size)])}.npy"
+        return self.folder / f"{digest_of_json([block, views, list(size)])[:16]}.npy"
 
     def over(self, data: Any) -> CachedFeatures:
         """`data` with features in place of images."""
@@ -132,7 +129,7 @@ class FeatureCache:
     def _fill_one(self, block: Block, wait: bool, progress: _Progress) -> bool:
         """False where another process is at it and `wait` is not set."""
         try:
-            with locked(block.file.with_suffix(".lock"), wait) as mine:
+            with claimed(block.file.with_suffix(".lock"), wait) as mine:
                 if mine and not block.ready:
                     write_array(block.file, block.shape, HALF, self._encoded(block))
                     progress.add(block.shape[0])
@@ -163,10 +160,8 @@ class FeatureCache:
     def _make_folder(self, needed: int) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            note = self.folder / f".{os.getpid()}.tmp"
-            note.write_text(json.dumps(self.identity, indent=1, default=str) + "\n")
-            os.replace(note, self.folder / "identity.json")
-            free = shutil.disk_usage(self.folder).free
+            write_json(self.folder / "identity.json", self.identity, default=str)
+            free = free_bytes(self.folder)
         except OSError as error:
             raise ConfigError(self._unwritable(error)) from error
         log.info("features: %.2f GB into %s, once", needed / 1e9, self.folder)
@@ -255,18 +250,17 @@ class _Progress:
 
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 of the names, types, shapes and bytes of a module's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
-        # As bytes: numpy knows no bfloat16.
-        plain = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy() if plain.numel() else b"")
-    return digest.hexdigest()
+    return digest_of_parts(
+        part for item in sorted(module.state_dict().items()) for part in _parts(*item)
+    )
 
 
-def _digest(values: Any) -> str:
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _parts(name: str, value: Tensor) -> Iterator[Any]:
+    yield f"{name} {value.dtype} {list(value.shape)};".encode()
+    # As bytes: numpy knows no bfloat16.
+    plain = value.detach().cpu().contiguous().reshape(-1)
+    if plain.numel():
+        yield plain.view(torch.uint8).numpy()
 
 
 def _wrong_model(model: nn.Module) -> Iterator[str]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from atlas.errors import AtlasError
 from atlas.run.directory import Run
+from atlas.system.files import (
+    HashingFile,
+    atomic_path,
+    describe_write_error,
+    digest_of_file,
+    sync_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +107,8 @@ class Checkpoints:
         """Let `best` be the checkpoint after `step` updates; replaced in one act."""
         if step is None or not (self.folder / f"{step:08d}").exists():
             return
-        temporary = self.folder / ".best"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(f"{step:08d}")
-        os.replace(temporary, self.folder / BEST)
+        with atomic_path(self.folder / BEST, ".best") as temporary:
+            temporary.symlink_to(f"{step:08d}")
 
     def _prune(self, best: int | None) -> None:
         kept = {p.name for p in self.steps()[-self._keep :]}
@@ -117,83 +121,43 @@ class Checkpoints:
                 shutil.rmtree(gone)
 
 
-class _Hashing:
-    """A file that knows the SHA-256 of what was written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.error: OSError | None = None  # torch.save raises one of its own, without the reason
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 def _write(path: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """All of `state` on disk under a temporary name, then the rename that makes it count."""
     temporary = path.with_name(f".tmp-{path.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    hashing: _Hashing | None = None
+    hashing: HashingFile | None = None
     try:
         temporary.mkdir(parents=True)
         with open(temporary / STATE, "wb") as file:
-            hashing = _Hashing(file)
+            hashing = HashingFile(file)
             torch.save(dict(state), hashing)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-        meta = {**meta, "sha256": hashing.digest.hexdigest()}
+        meta = {**meta, "sha256": hashing.digest()}
         with open(temporary / META, "w") as text:
             text.write(json.dumps(meta))
             text.flush()
             os.fsync(text.fileno())
     except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         reason = hashing.error if hashing and hashing.error else error
+        failure = describe_write_error(path / STATE, reason)  # before the space is free again
         shutil.rmtree(temporary, ignore_errors=True)
-        raise AtlasError(
-            f"{path / STATE} could not be written ({reason}); {free / 1e6:.1f} MB are free there. "
-            "The checkpoint before it stands"
-        ) from error
+        raise AtlasError(f"{failure}. The checkpoint before it stands") from error
     if path.exists():  # the same step again, after a restart from an earlier checkpoint
         shutil.rmtree(path.with_name(f".old-{path.name}"), ignore_errors=True)
         path.rename(path.with_name(f".old-{path.name}"))
     os.rename(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     shutil.rmtree(path.with_name(f".old-{path.name}"), ignore_errors=True)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def is_intact(path: Path) -> bool:
     """Whether the state in `path` has the checksum that was taken when it was written."""
     try:
         wanted = json.loads((path / META).read_text())["sha256"]
-        digest = hashlib.sha256()
-        for block in _blocks(path / STATE):
-            digest.update(block)
+        return bool(digest_of_file(path / STATE) == wanted)
     except (OSError, ValueError, KeyError):
         return False
-    return bool(digest.hexdigest() == wanted)
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            yield block
 
 
 def _read(path: Path) -> dict[str, Any]:

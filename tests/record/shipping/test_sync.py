@@ -33,7 +33,8 @@ from atlas.record.shipping.cursor import Record, masked, points_left
 from atlas.record.shipping.mlflow_store import MlflowClient, create_sqlite, valid_key
 from atlas.record.shipping.shipper import NullShipper, Shipper, open_shipper
 from atlas.record.shipping.sync import sync
-from atlas.run.directory import ROOT, Command, Run
+from atlas.run.directory import Command, Run
+from atlas.version import ROOT
 
 FOLLOWED = """
 import sys, time

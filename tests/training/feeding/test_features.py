@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,7 +177,7 @@ def test_what_float16_cannot_hold_is_refused(data: LeRobot) -> None:
 
 
 def test_no_room_is_said_before(data: LeRobot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(features, "free_bytes", lambda _: 10)
     with pytest.raises(ConfigError, match=r"needs .* GB in .*ATLAS_CACHE"):
         cache().fill([data])
 
