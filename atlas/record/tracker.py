@@ -1,7 +1,12 @@
-"""What rank 0 records while it trains: the journal first, then status, then the shipper."""
+"""What a rank records while it trains: the interface, and what implements it.
+
+Rank 0 records everything: the journal first, then `status.json`, and from the journal a shipper
+sends the metrics to MLflow. The other ranks record nothing, with the same calls.
+"""
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import time
@@ -18,8 +23,77 @@ STATUS_S = 5.0
 PREEMPTED_WAIT_S = 5.0  # the queue is waiting for the machine
 
 
-class Tracker:
-    """Records metrics, sample ids and state of one run; held by rank 0 alone."""
+class Tracker(abc.ABC):
+    """What training records with, in the order of a run: `resume`, many `log`, and `close`.
+
+    tracker = RunTracker(run, lock, config) if lock else NullTracker()
+    tracker.resume(step)
+    tracker.log(step, {"train/loss": 0.5})
+    tracker.log_samples(step, [3, 1, 4])
+    tracker.flush()                            # before a checkpoint of `step`
+    tracker.update_status(step=step, best=best)
+    print(tracker.warning())
+    print(tracker.close("finished", None))
+    """
+
+    @abc.abstractmethod
+    def resume(self, step: int) -> None:
+        """Prepare to record from `step` on, of a run that may have recorded later steps already."""
+
+    @abc.abstractmethod
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record `metrics` of `step`."""
+
+    @abc.abstractmethod
+    def log_samples(self, step: int, ids: Sequence[int]) -> None:
+        """Record the sample ids of update `step`, if `trainer.log_samples` is on."""
+
+    @abc.abstractmethod
+    def update_status(self, **changes: Any) -> None:
+        """Write `changes` and the last value of every metric to `status.json`."""
+
+    @abc.abstractmethod
+    def flush(self) -> None:
+        """Write everything recorded so far to the disk, before a checkpoint that rests on it."""
+
+    @abc.abstractmethod
+    def warning(self) -> str | None:
+        """Return what is wrong with the tracking server, once for every new problem."""
+
+    @abc.abstractmethod
+    def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
+        """Record how the run ended, as the last call; return what could not be sent, or None."""
+
+
+class NullTracker(Tracker):
+    """Records nothing, as every rank but the first does."""
+
+    def resume(self, step: int) -> None:
+        """Do nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def log_samples(self, step: int, ids: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def update_status(self, **changes: Any) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def warning(self) -> str | None:
+        """Return None."""
+        return None
+
+    def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
+        """Return None."""
+        return None
+
+
+class RunTracker(Tracker):
+    """Records metrics, sample ids and the state of one run in its directory; only rank 0 has one."""
 
     def __init__(self, run: Run, lock: Lock, config: Mapping[str, Any]) -> None:
         self._run = run
@@ -28,43 +102,47 @@ class Tracker:
         self._samples: list[str] = []
         self._samples_on = bool(config["trainer"]["log_samples"])
         self._shipper = open_shipper(run, config["tracking"])
-        self._shipping = False
+        self._is_shipping = False
         self._wait_s = float(config["tracking"]["wait_s"])
         self._last: dict[str, float] = {}
         self._status_at = time.monotonic()
         self._warned: str | None = None
 
     def resume(self, step: int) -> None:
-        """Get ready to go on at `step`: what stands past it is compared, sample ids are cut."""
+        """Compare what was recorded after `step` with what comes; remove its sample ids."""
         self._journal.replay_from(step)
         if self._samples_on:
             _cut_samples(self._run, step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record `metrics` of `step`."""
+        """Record `metrics` of `step`; the first call starts the shipper."""
         self._journal.append(step, metrics)
         self._last.update(metrics)
-        if not self._shipping:
-            # Not before the first step: the shipper's start would compete with it.
+        if not self._is_shipping:
+            # Not before the first step: the start of the shipper would compete with it.
             self._shipper.start()
-            self._shipping = True
+            self._is_shipping = True
         if time.monotonic() - self._status_at > STATUS_S:
-            self.status(step=step + 1)
+            self.update_status(step=step + 1)
 
-    def samples(self, step: int, ids: Sequence[int]) -> None:
-        """Record the sample ids of update `step`, where `trainer.log_samples` asks for it."""
+    def log_samples(self, step: int, ids: Sequence[int]) -> None:
+        """Record the sample ids of update `step`, if `trainer.log_samples` is on."""
         if self._samples_on:
             self._samples.append(json.dumps({"step": step, "ids": list(ids)}) + "\n")
 
-    def status(self, **changes: Any) -> None:
-        """Write `status.json`, with the last value of every metric."""
+    def update_status(self, **changes: Any) -> None:
+        """Write the journal, then `status.json` with `changes` and the last value of every metric."""
         self._lock.check()
         self._journal.flush()
         self._run.update_status(last=self._last, **changes)
         self._status_at = time.monotonic()
 
-    def sync(self) -> None:
-        """All that was recorded on disk: what a checkpoint rests on must be there before it."""
+    def flush(self) -> None:
+        """Write the journal and the sample ids to the disk.
+
+        A run that resumes from a checkpoint records only what follows it. So what came before has
+        to be on the disk before the checkpoint is.
+        """
         self._lock.check()
         self._journal.flush(sync=True)
         if self._samples:
@@ -75,25 +153,28 @@ class Tracker:
             self._samples.clear()
 
     def warning(self) -> str | None:
-        """What is wrong with the tracking server, once for as long as it is."""
+        """Return what is wrong with the tracking server, once for every new problem."""
         warning = self._shipper.warning()
-        new, self._warned = warning != self._warned, warning
-        return warning if new else None
+        is_new, self._warned = warning != self._warned, warning
+        return warning if is_new else None
 
     def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
-        """The last record of this process; returns what could not be shipped, in a sentence."""
+        """Record how the run ended and wait for the shipper; return what it could not send.
+
+        The state is on the disk before the shipper is asked to finish: it sends what it finds there.
+        """
         try:
-            self.sync()
-            self.status(state=state, reason=reason, **changes)
+            self.flush()
+            self.update_status(state=state, reason=reason, **changes)
         finally:
             self._journal.close()
-        left = self._shipper.finish(self._wait_s if state != "preempted" else PREEMPTED_WAIT_S)
-        self._run.update_status()
-        return left
+        missing = self._shipper.finish(self._wait_s if state != "preempted" else PREEMPTED_WAIT_S)
+        self._run.update_status()  # with the id of the MLflow run, which the shipper has noted
+        return missing
 
 
 def _cut_samples(run: Run, step: int) -> None:
-    """Drop the ids of updates that will be taken again."""
+    """Remove the ids of updates that will be taken again."""
     if not run.samples_file.exists():
         return
     journal.cut_torn_line(run.samples_file)

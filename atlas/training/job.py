@@ -13,7 +13,7 @@ from atlas.config.checks import is_sharded
 from atlas.data.protocol import Prepares
 from atlas.errors import AtlasError
 from atlas.protocol import offers
-from atlas.record.tracker import Tracker
+from atlas.record.tracker import NullTracker, RunTracker, Tracker
 from atlas.run import trust
 from atlas.run.directory import Run
 from atlas.run.failures import at_step, failure
@@ -34,31 +34,6 @@ from atlas.training.saving.frozen import frozen_state
 from atlas.training.trainer import Outcome, Trainer, TrainState
 
 log = logging.getLogger(__name__)
-
-
-class NullTracker:
-    """What ranks other than 0 record: nothing."""
-
-    def resume(self, step: int) -> None:
-        pass
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        pass
-
-    def samples(self, step: int, ids: list[int]) -> None:
-        pass
-
-    def status(self, **changes: Any) -> None:
-        pass
-
-    def sync(self) -> None:
-        pass
-
-    def warning(self) -> str | None:
-        return None
-
-    def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
-        return None
 
 
 def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
@@ -83,7 +58,7 @@ def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
             state=state,
             ema=ema,
         )
-        tracker = Tracker(run, lock, config) if lock else NullTracker()
+        tracker = RunTracker(run, lock, config) if lock else NullTracker()
         return fit(tracker, config, world, state, trainer)
     finally:
         distributed.finish()
@@ -111,7 +86,7 @@ def begin(
 
 
 def fit(
-    tracker: Tracker | NullTracker,
+    tracker: Tracker,
     config: Mapping[str, Any],
     world: World,
     state: TrainState,

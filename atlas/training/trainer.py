@@ -8,9 +8,10 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from atlas.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
+from atlas.record.tracker import Tracker
 from atlas.run.signals import CODES, STATES, Stop
 from atlas.system.progress import Lines
 from atlas.training.feeding.prefetch import ReadAhead
@@ -28,16 +29,6 @@ from atlas.training.ranks.world import World
 from atlas.training.saving.checkpoint import Checkpoints
 from atlas.training.saving.frozen import frozen_modules, frozen_names
 from atlas.training.validation import Interrupted, Validation
-
-
-class Recorder(Protocol):
-    """What the trainer needs of a tracker."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def samples(self, step: int, ids: list[int]) -> None: ...
-    def status(self, **changes: Any) -> None: ...
-    def sync(self) -> None: ...
-    def warning(self) -> str | None: ...
 
 
 @dataclass
@@ -71,7 +62,7 @@ class Trainer:
         *,
         stream: TrainStream,
         checkpoints: Checkpoints,
-        tracker: Recorder,
+        tracker: Tracker,
         progress: Lines,
         stop: Stop,
         state: TrainState,
@@ -170,10 +161,10 @@ class Trainer:
         self._check_weights()
         state = self.replica.gathered(self.state_dict)
         if self.world.is_main:
-            self.tracker.sync()
+            self.tracker.flush()
             best = self.state.best["step"] if self.state.best else None
             self.checkpoints.save(self.state.step, state, best)
-            self.tracker.status(step=self.state.step, best=self.state.best)
+            self.tracker.update_status(step=self.state.step, best=self.state.best)
         self._saved_step = self.state.step
         self._saved_at = time.monotonic()
         self.window = Window()
@@ -236,7 +227,7 @@ class Trainer:
         if self.stream.skips:
             self.state.bad_samples += self.world.count(replaced)
         if self.settings["log_samples"]:
-            self.tracker.samples(step, self.stream.ids(step))
+            self.tracker.log_samples(step, self.stream.ids(step))
         if not sums.detailed:
             return
         batch = self.stream.effective_batch
