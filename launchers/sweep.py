@@ -10,7 +10,7 @@ from typing import Any
 
 from atlas.config.checks import check
 from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, AtlasError, ConfigError
-from atlas.record.sweep import Group, score
+from atlas.record.sweep import Sweep, score
 from atlas.run.directory import Command, Run
 from launchers.base import Handle, Launcher
 
@@ -44,9 +44,9 @@ def sweep_and_tell(jobs: Sequence[Job], modules: Sequence[str]) -> None:
         for each in started:
             if each.handle is not None and not each.handle.launcher_detached:
                 code = max(code, each.handle.wait() or EXIT_DONE)
-        group = group_of(started)
-        group.write()
-        print(group.table(), flush=True)
+        sweep = sweep_of(started)
+        sweep.write()
+        print(sweep.table(), flush=True)
         if code:
             raise SystemExit(EXIT_STOPPED if code == EXIT_STOPPED else EXIT_FAILED)
 
@@ -65,9 +65,9 @@ def outcomes(jobs: Sequence[Job], modules: Sequence[str]) -> list[float | Except
         for each in started:
             if each.handle is not None:
                 each.handle.wait()
-        group = group_of(started)
-        group.write()
-        print(group.table(), flush=True)
+        sweep = sweep_of(started)
+        sweep.write()
+        print(sweep.table(), flush=True)
     return [_outcome(each) for each in started]
 
 
@@ -91,9 +91,9 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
             if run.state != "finished" and not launcher.is_at_work(run):
                 todo.append(started[run.path])
         launcher.preflight([each.job.config for each in todo])
-        group = group_of(list(started.values()))
-        group.write()
-        command.sweep = group.id
+        sweep = sweep_of(list(started.values()))
+        sweep.write()
+        command.sweep = sweep.id
         for each in todo:
             command.overrides = each.job.overrides
             each.run.create(each.job.config, launcher.world_size, command)
@@ -113,10 +113,10 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
     return list(started.values())
 
 
-def group_of(started: Sequence[Started]) -> Group:
-    """The group that the runs belong to: the same for a wider grid over the same keys."""
+def sweep_of(started: Sequence[Started]) -> Sweep:
+    """Return the sweep that the runs belong to: the same for a wider grid over the same keys."""
     first = started[0]
-    return Group.of(
+    return Sweep.of(
         first.job.config,
         first.job.keys,
         [(each.run, each.job.swept) for each in started],

@@ -1,4 +1,4 @@
-"""The runs of one sweep as a whole: which they are, how they compare, what failed."""
+"""A sweep: which runs it has, how they compare, and which of them failed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from atlas.system.files import digest_of_json, guarded, write_json
 FOLDER = "sweeps"
 
 
-class Group:
-    """A sweep, kept in `<outputs>/<name>/sweeps/<id>.json`; a wider grid joins it."""
+class Sweep:
+    """The runs of one sweep, kept in `<outputs>/<name>/sweeps/<id>.json`.
+
+    `members` are the ids of the runs, each with the overrides in which it differs from the others.
+    A wider grid over the same keys is the same sweep: its runs are added to the file.
+    """
 
     def __init__(self, file: Path, objective: str, members: Mapping[str, Sequence[str]]) -> None:
         self.file = file
@@ -26,6 +30,7 @@ class Group:
 
     @property
     def id(self) -> str:
+        """Ten characters: a digest of the keys and of the rest of the configuration."""
         return self.file.stem
 
     @classmethod
@@ -34,22 +39,22 @@ class Group:
         config: Mapping[str, Any],
         keys: Sequence[str],
         members: Sequence[tuple[Run, Sequence[str]]],
-    ) -> Group:
-        """The group that `config` belongs to when `keys` are swept."""
-        # The keys by name, without their values: that is what a wider grid has in common.
+    ) -> Sweep:
+        """Return the sweep over `keys` that `config` belongs to."""
+        # The names of the keys without their values, so that a wider grid has the same id.
         kept = without(identity(config, 1), [*keys, "effective_batch"])
         name = digest_of_json([sorted(keys), kept])[:10]
         file = Path(config["outputs"]) / str(config["name"]) / FOLDER / f"{name}.json"
         return cls(file, config["objective"], {run.id: swept for run, swept in members})
 
     @classmethod
-    def read(cls, file: Path) -> Group:
-        """A group as it was written."""
+    def read(cls, file: Path) -> Sweep:
+        """Return the sweep that `file` holds."""
         data = json.loads(file.read_text())
         return cls(file, data["objective"], data["members"])
 
     def write(self) -> None:
-        """Add these members to those that the file holds."""
+        """Write the file, with the members that it has already."""
         with guarded(self.file.parent):
             if self.file.exists():
                 self.members = {**self.read(self.file).members, **self.members}
@@ -57,24 +62,24 @@ class Group:
             write_json(self.file, data)
 
     def runs(self) -> list[tuple[Run, list[str]]]:
-        """Every run with the overrides in which it differs."""
+        """Return every run with the overrides in which it differs."""
         folder = self.file.parent.parent
         return [(Run(folder / name), swept) for name, swept in self.members.items()]
 
     def states(self) -> dict[str, int]:
-        """How many runs are in which state."""
+        """Return how many runs are in each state."""
         counted: dict[str, int] = {}
         for run, _ in self.runs():
             counted[run.state or "unknown"] = counted.get(run.state or "unknown", 0) + 1
         return counted
 
     def scores(self) -> dict[str, float]:
-        """The objective of every run that has one, by id."""
+        """Return the objective of every run that has recorded it, by id."""
         values = {run.id: score(run, self.objective) for run, _ in self.runs()}
         return {name: value for name, value in values.items() if value is not None}
 
     def table(self) -> str:
-        """All runs sorted by the objective, and below them every failure with its error and log."""
+        """Return all runs sorted by the objective, then every failure with its error and its logs."""
         rows, failures = [], []
         for run, swept in self.runs():
             state, status, value = run.state or "unknown", run.status, score(run, self.objective)
@@ -90,20 +95,21 @@ class Group:
         return "\n".join([*lines, *failures, *self._unknown_objective()])
 
     def _unknown_objective(self) -> list[str]:
-        """What to say where runs have ended and none of them has the objective."""
-        there = {key for run, _ in self.runs() for key in run.status.get("last") or ()}
-        if not there or self.scores():
+        """Return a line if runs have recorded metrics, but none of them the objective."""
+        recorded = {key for run, _ in self.runs() for key in run.status.get("last") or ()}
+        if not recorded or self.scores():
             return []
         return [
-            f"no run has the metric of objective={self.objective}; there are: "
-            f"{', '.join(sorted(there))}"
+            f"no run has the metric of objective={self.objective}; recorded are: "
+            f"{', '.join(sorted(recorded))}"
         ]
 
 
 def score(run: Run, objective: str) -> float | None:
-    """The best value of the metric `objective`; `-metric` is one of which more is better.
+    """Return the best value of the metric `objective`, or None if the run has not recorded it.
 
-    The smaller the returned value the better, so that of `-metric` is its negative.
+    A smaller result is always better: `objective=-metric` names a metric of which more is better,
+    and its score is the negative of the value.
     """
     best = run.status.get("best")
     if best and best["metric"] == objective:
@@ -114,7 +120,7 @@ def score(run: Run, objective: str) -> float | None:
 
 
 def without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """`config` less the dotted `keys` (a group's key takes the whole group out)."""
+    """Return `config` without the dotted `keys`; the key of a config group removes all of it."""
     out = json.loads(json.dumps(config, default=str))
     for key in keys:
         *parents, last = key.replace("/", ".").partition("@")[0].split(".")

@@ -15,7 +15,7 @@ from atlas.system.files import write_json
 
 
 @dataclass
-class Record:
+class Cursor:
     """`mlflow.json`: where a run's points go and how far they got. Written by the shipper alone."""
 
     uri: str = ""  # without credentials
@@ -30,8 +30,8 @@ class Record:
     uploaded: dict[str, str] = field(default_factory=dict)  # artifact: the version that is there
 
     @classmethod
-    def load(cls, run: Run) -> Record:
-        """What is recorded; an empty record where there is none, or none that can be read."""
+    def load(cls, run: Run) -> Cursor:
+        """What is recorded; an empty cursor where there is none, or none that can be read."""
         try:
             stored = json.loads(run.mlflow_file.read_text())
             return cls(**{f.name: stored[f.name] for f in fields(cls) if f.name in stored})
@@ -53,9 +53,9 @@ def points(line: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def points_left(run: Run, record: Record) -> int:
+def points_left(run: Run, cursor: Cursor) -> int:
     """How many points of the journal are not in MLflow."""
-    return sum(len(points(line)) for line in journal.read(run.journal_file, record.offset))
+    return sum(len(points(line)) for line in journal.read(run.journal_file, cursor.offset))
 
 
 def masked(text: str) -> str:

@@ -18,14 +18,14 @@ from mlflow.tracking import MlflowClient
 
 from atlas.config.dotted import flatten
 from atlas.errors import AtlasError
-from atlas.record.shipping.cursor import Record, masked, points
+from atlas.record.shipping.cursor import Cursor, masked, points
 from atlas.record.shipping.tags import marks, run_name, tags
-from atlas.record.sweep import FOLDER, Group
+from atlas.record.sweep import FOLDER, Sweep
 from atlas.run.directory import Run, when
 from atlas.system.files import atomic_path, guarded, locked
 
 PARENT = "mlflow.parentRunId"  # what MLflow's own pages nest runs by
-GROUP = "atlas.sweep_id"
+SWEEP = "atlas.sweep_id"
 ENDED = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 
 
@@ -39,20 +39,20 @@ class Store:
         self._client = MlflowClient(tracking_uri=uri)
         self._id = ""
 
-    def open(self, run: Run, config: Mapping[str, Any], record: Record, live: bool) -> None:
+    def open(self, run: Run, config: Mapping[str, Any], cursor: Cursor, live: bool) -> None:
         """Find the run's MLflow run or create it, and say in it what the run is."""
         status = run.status
-        found = self._recorded(record) or self._found_or_created(config, status)
+        found = self._recorded(cursor) or self._found_or_created(config, status)
         self._id = found.info.run_id
-        if record.run_id != self._id:
-            record.offset = record.shipped = record.refused = 0
-            record.uploaded = {}
-        record.run_id, record.experiment_id = self._id, found.info.experiment_id
+        if cursor.run_id != self._id:
+            cursor.offset = cursor.shipped = cursor.refused = 0
+            cursor.uploaded = {}
+        cursor.run_id, cursor.experiment_id = self._id, found.info.experiment_id
         self._describe(found, run.identity, tags(run, config, status))
         if live and found.info.status != "RUNNING":
             self._client.update_run(self._id, status="RUNNING")
-        if group := group_of(run, config):
-            parent = self._parent(group, found.info.experiment_id)
+        if sweep := sweep_of(run, config):
+            parent = self._parent(sweep, found.info.experiment_id)
             if found.data.tags.get(PARENT) != parent:
                 self._client.set_tag(self._id, PARENT, parent)
 
@@ -75,22 +75,22 @@ class Store:
             self._check_active()
             return [(batch[0], reason(error))]
 
-    def upload_config(self, run: Run, record: Record) -> None:
+    def upload_config(self, run: Run, cursor: Cursor) -> None:
         """The frozen configuration, less credentials, where it is not there already."""
         version = _version(run.config_file)
-        if record.uploaded.get("config.yaml") != version:
+        if cursor.uploaded.get("config.yaml") != version:
             self._client.log_text(self._id, masked(run.config_file.read_text()), "config.yaml")
-            record.uploaded["config.yaml"] = version
+            cursor.uploaded["config.yaml"] = version
 
-    def upload(self, path: Path, record: Record) -> None:
+    def upload(self, path: Path, cursor: Cursor) -> None:
         """A file or a directory, where it exists and this version of it is not there already."""
-        if not path.exists() or record.uploaded.get(path.name) == (version := _version(path)):
+        if not path.exists() or cursor.uploaded.get(path.name) == (version := _version(path)):
             return
         if path.is_dir():
             self._client.log_artifacts(self._id, str(path.resolve()), path.name)
         else:
             self._client.log_artifact(self._id, str(path))
-        record.uploaded[path.name] = version
+        cursor.uploaded[path.name] = version
 
     def close(self, run: Run, config: Mapping[str, Any]) -> None:
         """Record the state that the run is in; one that can go on (preempted) stays RUNNING."""
@@ -99,40 +99,40 @@ class Store:
         if state in ENDED:
             end = max(float(status.get("updated") or 0), _last_written(run))
             self._client.set_terminated(self._id, ENDED[state], end_time=int(end * 1000))
-        if group := group_of(run, config):
+        if sweep := sweep_of(run, config):
             found = self._client.get_run(self._id)
-            self._summarise(group, self._parent(group, found.info.experiment_id))
+            self._summarise(sweep, self._parent(sweep, found.info.experiment_id))
 
-    def _parent(self, group: Group, experiment: str) -> str:
+    def _parent(self, sweep: Sweep, experiment: str) -> str:
         """The MLflow run that stands for a whole sweep; made by the first of its runs."""
-        with guarded(group.file.parent):
-            mark = f"tags.`{GROUP}` = '{group.id}'"
+        with guarded(sweep.file.parent):
+            mark = f"tags.`{SWEEP}` = '{sweep.id}'"
             for found in self._client.search_runs([experiment], mark, max_results=1):
                 return str(found.info.run_id)
             swept = sorted(
-                {text.partition("=")[0] for own in group.members.values() for text in own}
+                {text.partition("=")[0] for own in sweep.members.values() for text in own}
             )
-            name = f"sweep {group.id} {' '.join(swept)}"[:200]
-            made = self._client.create_run(experiment, tags={GROUP: group.id}, run_name=name)
+            name = f"sweep {sweep.id} {' '.join(swept)}"[:200]
+            made = self._client.create_run(experiment, tags={SWEEP: sweep.id}, run_name=name)
             return str(made.info.run_id)
 
-    def _summarise(self, group: Group, parent: str) -> None:
+    def _summarise(self, sweep: Sweep, parent: str) -> None:
         """The sweep's table, how many of its runs stand how, and the best of them."""
-        states, scores = group.states(), group.scores()
+        states, scores = sweep.states(), sweep.scores()
         now = int(time.time() * 1000)
         counts = {f"runs/{state}": float(number) for state, number in states.items()}
         entries = [Metric(key, value, now, 0) for key, value in counts.items()]
-        tags = [RunTag("atlas.objective", group.objective)]
+        tags = [RunTag("atlas.objective", sweep.objective)]
         if scores:
             best = min(scores, key=lambda run: scores[run])
-            key = valid_key(f"best/{group.objective.removeprefix('-')}")
+            key = valid_key(f"best/{sweep.objective.removeprefix('-')}")
             entries.append(Metric(key, scores[best], now, 0))
             tags += [
                 RunTag("atlas.best_run", best),
-                RunTag("atlas.best_overrides", " ".join(group.members[best])),
+                RunTag("atlas.best_overrides", " ".join(sweep.members[best])),
             ]
         self._client.log_batch(parent, metrics=entries, tags=tags)
-        self._client.log_text(parent, group.table() + "\n", "sweep.txt")
+        self._client.log_text(parent, sweep.table() + "\n", "sweep.txt")
         going = sum(n for state, n in states.items() if state not in ENDED)
         self._client.update_run(parent, status="RUNNING" if going else "FINISHED")
 
@@ -152,12 +152,12 @@ class Store:
             )
         return str(found.experiment_id)
 
-    def _recorded(self, record: Record) -> MlflowRun | None:
+    def _recorded(self, cursor: Cursor) -> MlflowRun | None:
         """The MLflow run that mlflow.json names, if the store still has it."""
-        if not record.run_id:
+        if not cursor.run_id:
             return None
         try:
-            found = self._client.get_run(record.run_id)
+            found = self._client.get_run(cursor.run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
@@ -229,11 +229,11 @@ class Store:
         return bool(rejected)
 
 
-def group_of(run: Run, config: Mapping[str, Any]) -> Group | None:
+def sweep_of(run: Run, config: Mapping[str, Any]) -> Sweep | None:
     """The sweep that `run` was started by, if it was."""
     name = config["run"].get("sweep")
     file = run.path.parent / FOLDER / f"{name}.json"
-    return Group.read(file) if name and file.exists() else None
+    return Sweep.read(file) if name and file.exists() else None
 
 
 def tracking_uri(run: Run, config: Mapping[str, Any]) -> str:
@@ -242,7 +242,7 @@ def tracking_uri(run: Run, config: Mapping[str, Any]) -> str:
     What it used counts for a server only, so that `atlas sync` finds it in a shell without the
     environment of the job.
     """
-    used = Record.load(run).uri
+    used = Cursor.load(run).uri
     uri = config["tracking"].get("uri") or os.environ.get("MLFLOW_TRACKING_URI")
     uri = uri or (used if used.startswith("http") else None)
     if not uri:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas.record.shipping.cursor import Record, points_left
+from atlas.record.shipping.cursor import Cursor, points_left
 from atlas.record.shipping.writer import END, HANDLED, PARENT
 from atlas.run.directory import Run
 from atlas.version import ROOT
@@ -44,7 +44,7 @@ class Shipper:
     def start(self) -> None:
         """Start the process. That it can't be started is a warning, not an error."""
         self._started = time.time()
-        self._refused = Record.load(self.run).refused
+        self._refused = Cursor.load(self.run).refused
         try:
             self._child = _spawn(self.run, "--follow")
         except OSError as error:
@@ -70,38 +70,38 @@ class Shipper:
         going_on = child is not None and not _finished(
             child, self._wait_s if timeout_s is None else timeout_s
         )
-        record = Record.load(self.run)
-        if child and going_on and record.error:
+        cursor = Cursor.load(self.run)
+        if child and going_on and cursor.error:
             child.kill()  # safe at any moment: what was sent twice is stored once
             child.wait()
             going_on = False
-        return self._missing(record, going_on)
+        return self._missing(cursor, going_on)
 
     def _look(self) -> str | None:
-        record = Record.load(self.run)
-        if record.error and record.updated >= self._started:
-            return f"MLflow at {record.uri} can't be used: {record.error}"
+        cursor = Cursor.load(self.run)
+        if cursor.error and cursor.updated >= self._started:
+            return f"MLflow at {cursor.uri} can't be used: {cursor.error}"
         if self._child and self._child.poll() is not None:
             return f"the process that sends metrics ended early, see {self.run.logs / 'sync.log'}"
         return None
 
-    def _missing(self, record: Record, going_on: bool) -> str | None:
-        left = points_left(self.run, record)
+    def _missing(self, cursor: Cursor, going_on: bool) -> str | None:
+        left = points_left(self.run, cursor)
         if left and going_on:
             return (
                 f"{left:,} points are still on their way to MLflow, in the background; "
                 f"`atlas sync {self.run.path}` sends what is missing"
             )
-        if left or record.error:
-            why = record.error or self._problem or f"see {self.run.logs / 'sync.log'}"
+        if left or cursor.error:
+            why = cursor.error or self._problem or f"see {self.run.logs / 'sync.log'}"
             return (
                 f"{left:,} points of this run are not in MLflow ({why}); "
                 f"send them with `atlas sync {self.run.path}`"
             )
-        if record.refused > self._refused:
+        if cursor.refused > self._refused:
             return (
-                f"MLflow refused {record.refused - self._refused:,} points of this run for good "
-                f"({record.refusal}); metrics.jsonl has them"
+                f"MLflow refused {cursor.refused - self._refused:,} points of this run for good "
+                f"({cursor.refusal}); metrics.jsonl has them"
             )
         return None
 
@@ -167,7 +167,7 @@ class Fleet:
         # Reports alone are not waited for: they are drawn in the background.
         wait_s = self._wait_s if tracked else 0.0
         if self._child is None or _finished(self._child, wait_s) or not tracked:
-            left = sum(points_left(run, Record.load(run)) for run in tracked)
+            left = sum(points_left(run, Cursor.load(run)) for run in tracked)
             return (left and f"{left:,} points are not in MLflow; see {self.log}") or None
         return f"points are still on their way to MLflow, in the background; see {self.log}"
 

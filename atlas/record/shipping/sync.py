@@ -19,7 +19,7 @@ from typing import Any
 
 from atlas.errors import AtlasError
 from atlas.record import journal
-from atlas.record.shipping.cursor import Record, points_left
+from atlas.record.shipping.cursor import Cursor, points_left
 from atlas.record.shipping.mlflow_store import (
     Store,
     artifact_root,
@@ -120,7 +120,7 @@ class Shipping:
         self.run = run
         self._config = run.config
         self._uri = tracking_uri(run, self._config)
-        self._record = _record(run, self._uri, again)
+        self._cursor = _cursor(run, self._uri, again)
         self._store: Store | None = None
         self._live = False  # whether the run is being written
         self._sent = self._refused = 0
@@ -161,14 +161,14 @@ class Shipping:
         return None
 
     def _shipped(self) -> Shipped:
-        left = points_left(self.run, self._record)
+        left = points_left(self.run, self._cursor)
         return Shipped(
             sent=self._sent,
             left=left,
             refused=self._refused,
-            error=self._record.error,
-            run_id=self._record.run_id,
-            uri=self._record.uri,
+            error=self._cursor.error,
+            run_id=self._cursor.run_id,
+            uri=self._cursor.uri,
         )
 
     def _turn(self, over: bool, writer: Writer | None) -> bool:
@@ -188,11 +188,11 @@ class Shipping:
 
     def _failed(self, error: Exception) -> None:
         text = reason(error)
-        if text != self._record.error:
-            say(f"MLflow at {self._record.uri} can't be used: {text}; trying again")
-        self._record.error = text
+        if text != self._cursor.error:
+            say(f"MLflow at {self._cursor.uri} can't be used: {text}; trying again")
+        self._cursor.error = text
         with contextlib.suppress(OSError):
-            self._record.save(self.run)
+            self._cursor.save(self.run)
         self._store = None  # looked up anew: it may have been replaced by an empty one
         # A server that is too slow for a whole batch may manage a smaller one.
         self._size = max(SMALLEST_BATCH, self._size // 2)
@@ -205,11 +205,11 @@ class Shipping:
 
     def _worked(self) -> None:
         self._progress, self._pause, self._failures = time.monotonic(), POLL_S, 0
-        if self._record.error:
-            say(f"MLflow at {self._record.uri} works")
-            self._record.error = None
+        if self._cursor.error:
+            say(f"MLflow at {self._cursor.uri} works")
+            self._cursor.error = None
             with contextlib.suppress(OSError):
-                self._record.save(self.run)
+                self._cursor.save(self.run)
 
     def _wait(self, writer: Writer | None, over: bool) -> None:
         seconds = min(self._pause, POLL_S) if over else self._pause
@@ -221,16 +221,16 @@ class Shipping:
     def _opened(self) -> Store:
         if self._store is None:
             store = Store(self._uri, artifact_root(self.run, self._uri, self._config))
-            store.open(self.run, self._config, self._record, self._live)
-            self._record.save(self.run)
+            store.open(self.run, self._config, self._cursor, self._live)
+            self._cursor.save(self.run)
             self._store = store
         return self._store
 
     def _ship(self, writer: Writer | None) -> None:
-        """Send every complete line; `Record.offset` moves on after each batch."""
+        """Send every complete line; `Cursor.offset` moves on after each batch."""
         store = self._opened()
         batch: list[Any] = []  # MLflow's points
-        end = self._record.offset
+        end = self._cursor.offset
         for line in journal.read_lines(self.run.journal_file, end):
             if line.entry is None:
                 say(f"skipped a damaged line of {self.run.journal_file}, up to byte {line.end}")
@@ -242,7 +242,7 @@ class Shipping:
                     return
             batch += new
             end = line.end
-        if end > self._record.offset:
+        if end > self._cursor.offset:
             self._send(store, batch, end)
 
     def _send(self, store: Store, batch: list[Any], end: int) -> None:
@@ -251,11 +251,11 @@ class Shipping:
             refused += store.log(batch[at : at + self._size])
         for metric, why in refused:
             say(f"MLflow refused {metric.key}={metric.value} at step {metric.step}: {why}")
-            self._record.refusal = why
-        self._record.offset = end
-        self._record.shipped += len(batch)
-        self._record.refused += len(refused)
-        self._record.save(self.run)
+            self._cursor.refusal = why
+        self._cursor.offset = end
+        self._cursor.shipped += len(batch)
+        self._cursor.refused += len(refused)
+        self._cursor.save(self.run)
         self._sent += len(batch) - len(refused)
         self._refused += len(refused)
         self._size = min(BATCH, self._size * 2)
@@ -278,39 +278,39 @@ class Shipping:
 
     def _complete(self, over: bool) -> None:
         """Artifacts; and the run's state, once nobody writes it any more."""
-        store, before = self._opened(), dict(self._record.uploaded)
-        store.upload_config(self.run, self._record)
+        store, before = self._opened(), dict(self._cursor.uploaded)
+        store.upload_config(self.run, self._cursor)
         for file in (self.run.report_file, self.run.evaluation_file, self.run.evaluation_picture):
-            store.upload(file, self._record)
+            store.upload(file, self._cursor)
         if over and self._config["tracking"].get("log_best"):
-            store.upload(self.run.checkpoints / "best", self._record)
+            store.upload(self.run.checkpoints / "best", self._cursor)
         if over:
             store.close(self.run, self._config)
-            note_run_id(self.run, self._record)
-        if self._record.uploaded != before:
-            self._record.save(self.run)
+            note_run_id(self.run, self._cursor)
+        if self._cursor.uploaded != before:
+            self._cursor.save(self.run)
 
 
-def note_run_id(run: Run, record: Record) -> None:
+def note_run_id(run: Run, cursor: Cursor) -> None:
     """Put the MLflow run's id into the status, which is ours to write once nobody else does."""
-    if run.lock.live_holder() or run.status.get("mlflow_run_id") == record.run_id:
+    if run.lock.live_holder() or run.status.get("mlflow_run_id") == cursor.run_id:
         return
     with guarded(run.path.parent):  # nobody takes the lock between the question and the writing
         if run.status and run.lock.live_holder() is None:
             run.update_status()
 
 
-def _record(run: Run, uri: str, again: bool) -> Record:
+def _cursor(run: Run, uri: str, again: bool) -> Cursor:
     """What mlflow.json says, as far as it is about this store and this journal."""
-    record = Record.load(run)
+    cursor = Cursor.load(run)
     shown = re.sub(r"(?<=://)[^/\s@]+@", "", uri)
-    if record.uri != shown:
-        record = Record(uri=shown)
+    if cursor.uri != shown:
+        cursor = Cursor(uri=shown)
     size = run.journal_file.stat().st_size if run.journal_file.exists() else 0
-    if again or record.offset > size:
-        record.offset = record.shipped = record.refused = 0
-    record.error = None
-    return record
+    if again or cursor.offset > size:
+        cursor.offset = cursor.shipped = cursor.refused = 0
+    cursor.error = None
+    return cursor
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ import atlas.record.shipping.sync as syncing
 from atlas.cli import main
 from atlas.errors import AtlasError
 from atlas.record.journal import Journal
-from atlas.record.shipping.cursor import Record, masked, points_left
+from atlas.record.shipping.cursor import Cursor, masked, points_left
 from atlas.record.shipping.mlflow_store import MlflowClient, create_sqlite, valid_key
 from atlas.record.shipping.shipper import NullShipper, Shipper, open_shipper
 from atlas.record.shipping.sync import sync
@@ -130,9 +130,9 @@ def in_store(run: Run) -> Counter[tuple[str, int, int, float]]:
 
 
 def store_of(run: Run) -> tuple[MlflowClient, str]:
-    record = Record.load(run)
-    assert record.run_id
-    return MlflowClient(record.uri), record.run_id
+    cursor = Cursor.load(run)
+    assert cursor.run_id
+    return MlflowClient(cursor.uri), cursor.run_id
 
 
 def runs_in_store(run: Run) -> list[Any]:
@@ -340,7 +340,7 @@ def test_a_shipper_sends_a_growing_journal(outputs: Path) -> None:
     for part in range(4):
         write(run, range(100 * part, 100 * part + 100))
         time.sleep(0.3)
-    until(lambda: Record.load(run).shipped)
+    until(lambda: Cursor.load(run).shipped)
     assert shipper.warning() is None
     run.update_status(launcher="late", host="known")
     run.update_status(state="finished")
@@ -365,7 +365,7 @@ def test_a_shipper_outlives_a_killed_writer_and_ends(outputs: Path) -> None:
     child = shipper_of(writer.pid)
     for signum in (signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):  # as to all of a job's processes
         os.kill(child, signum)
-    until(lambda: Record.load(run).shipped)
+    until(lambda: Cursor.load(run).shipped)
     assert "/libtorch" not in Path(f"/proc/{child}/maps").read_text()
     assert writer.stdout.readline()
     writer.kill()
@@ -398,10 +398,10 @@ def test_killed_in_the_middle_and_run_again(outputs: Path) -> None:
     run = make_run(outputs)
     write(run, range(3000))
     child = subprocess.Popen(command(run))
-    until(lambda: Record.load(run).shipped)
+    until(lambda: Cursor.load(run).shipped)
     child.kill()
     child.wait()
-    assert 0 < points_left(run, Record.load(run)) < 6300
+    assert 0 < points_left(run, Cursor.load(run)) < 6300
     assert sync(run).left == 0
     assert in_store(run) == in_journal(run)
 
@@ -618,7 +618,7 @@ def test_a_server_killed_and_started_again(outputs: Path, tmp_path: Path) -> Non
     shipper.start()  # before the server answers
     write(run, range(500))
     server.wait()
-    until(lambda: Record.load(run).shipped >= 1000, 60)
+    until(lambda: Cursor.load(run).shipped >= 1000, 60)
     for part in range(1, 4):
         write(run, range(500 * part, 500 * part + 500))
         time.sleep(0.5 * part)
