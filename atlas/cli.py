@@ -53,7 +53,7 @@ def follow_pool(runs: list[Run]) -> int:
 
     writer = Writer(None)
     step_back()
-    tracked = [run for run in runs if run.config["tracking"]["kind"] != "none"]
+    tracked = [run for run in runs if run.read_config()["tracking"]["kind"] != "none"]
     missing = 0
     if tracked:
         from atlas.record.shipping.sync import sync_all
@@ -72,7 +72,7 @@ def sync_one(run: Run, args: argparse.Namespace) -> int:
     writer = Writer(run) if args.follow else None
     if writer and writer.is_parent:
         step_back()
-    if run.config["tracking"]["kind"] == "none":
+    if run.read_config()["tracking"]["kind"] == "none":
         from atlas.record.report import draw
 
         print(f"{draw(run)} drawn; tracking is off for this run, nothing is sent")

@@ -32,7 +32,7 @@ def main(path: str | Path) -> int:
     """Train the run in directory `path` as the rank that the environment says."""
     run = Run(path)
     rank = int(os.environ.get("RANK", 0))
-    trust.use_modules(run.config_file, run.config["run"]["sys_path"])
+    trust.use_modules(run.config_file, run.read_config()["run"]["sys_path"])
     with logged(run, rank):
         try:
             with Stop() as stop, held(run, rank) as lock:
@@ -67,7 +67,7 @@ def held(run: Run, rank: int) -> Iterator[Lock | None]:
     try:
         if "ATLAS_SUPERVISED" not in os.environ:
             run.failure_file.unlink(missing_ok=True)
-        before = run.status
+        before = run.read_status()
         again = before.get("state") not in (None, "queued")
         me = Holder.me()
         run.update_status(
@@ -85,7 +85,7 @@ def held(run: Run, rank: int) -> Iterator[Lock | None]:
         if lock.is_mine():
             state, reason = failure(error)
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                if run.status.get("state") == "running":
+                if run.read_status().get("state") == "running":
                     run.update_status(state=state, reason=reason)
         raise
     finally:
@@ -120,7 +120,7 @@ def show(run: Run, rank: int, error: BaseException) -> None:
     text = "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError), open(run.logs / f"rank{rank}.log", "a") as file:
         file.write(text)
-        if (told := run.failure) and not isinstance(error, RunBusyError):
+        if (told := run.read_failure()) and not isinstance(error, RunBusyError):
             file.write(f"{summary(told)}\n")
     if "ATLAS_SUPERVISED" in os.environ:
         return  # the launcher shows what the first rank to fail had to say, once

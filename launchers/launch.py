@@ -61,7 +61,7 @@ def _launch(cfg: DictConfig) -> None:
     if config["dry_run"]:
         describe(run, config, launcher)
         return
-    if run.state == "finished" and not config["fresh"]:
+    if run.judge_state() == "finished" and not config["fresh"]:
         print(summary(run))
         return
     run.refuse_if_live()  # before it is said to go on

@@ -88,7 +88,7 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
                 twice += 1  # the same values, or the same written in another way
                 continue
             started[run.path] = Started(job, run)
-            if run.state != "finished" and not launcher.is_at_work(run):
+            if run.judge_state() != "finished" and not launcher.is_at_work(run):
                 todo.append(started[run.path])
         launcher.preflight([each.job.config for each in todo])
         sweep = sweep_of(list(started.values()))
@@ -156,6 +156,8 @@ def _by_launcher(jobs: Sequence[Job]) -> list[tuple[Launcher, list[Job]]]:
 
 def _outcome(started: Started) -> float | Exception:
     value = score(started.run, started.job.config["objective"])
-    if started.run.state == "finished" and value is not None:
+    if started.run.judge_state() == "finished" and value is not None:
         return value
-    return AtlasError(f"run {started.run.id}: {started.run.state}: {started.run.status['reason']}")
+    return AtlasError(
+        f"run {started.run.id}: {started.run.judge_state()}: {started.run.read_status()['reason']}"
+    )

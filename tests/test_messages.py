@@ -29,7 +29,8 @@ LAUNCHER = SimpleNamespace(
 def run(state: str | None, **status: Any) -> Any:
     """A run in `state`, as far as a message asks for it."""
     found = {"step": 600, "steps": 1500, "updated": 0.0, **status}
-    return SimpleNamespace(id="0123456789", path=Path("o/a/0123456789"), state=state, status=found)
+    reads = {"judge_state": lambda: state, "read_status": lambda: found}
+    return SimpleNamespace(id="0123456789", path=Path("o/a/0123456789"), **reads)
 
 
 def killed() -> str:

@@ -38,7 +38,7 @@ class Saved:
 
 def read_run(run: Run) -> Saved:
     """The best weights of `run`, averaged ones where it has them; raises `AtlasError`."""
-    if not run.exists:
+    if not run.exists():
         raise AtlasError(
             f"{run.path} is not the directory of a run; it has no config.yaml (nor {POLICY}, "
             "as `atlas export` writes it)"
@@ -46,7 +46,7 @@ def read_run(run: Run) -> Saved:
     saved = Checkpoints(run.checkpoints).best()
     if saved is None:
         raise AtlasError(f"{run.checkpoints} holds no checkpoint yet")
-    return Saved(run.config, saved["spec"], int(saved["step"]), averaged(saved))
+    return Saved(run.read_config(), saved["spec"], int(saved["step"]), averaged(saved))
 
 
 def is_export(folder: str | Path) -> bool:

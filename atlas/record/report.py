@@ -43,7 +43,7 @@ def draw_as_they_end(runs: Sequence[Run], writer: Writer) -> None:
     while waiting:
         closing = writer.gone()
         for run in list(waiting):
-            if closing or run.state not in ("queued", "running"):
+            if closing or run.judge_state() not in ("queued", "running"):
                 draw(run)
                 waiting.remove(run)
         if waiting:
@@ -223,9 +223,9 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 def _title(figure: Figure, run: Run) -> None:
     """Name, id, state and progress; below, the overrides as typed."""
-    status, overrides = run.status, _overrides(run)
+    status, overrides = run.read_status(), _overrides(run)
     head = f"{status.get('name', run.path.parent.name)} · {run.id}"
-    state = run.state or "no status"
+    state = run.judge_state() or "no status"
     steps = status.get("steps")
     at = f" at {status.get('step', 0):,} of {steps:,} updates" if isinstance(steps, int) else ""
     lines = textwrap.wrap(masked(" ".join(overrides)) or "(defaults)", 110)
@@ -238,9 +238,9 @@ def _title(figure: Figure, run: Run) -> None:
 
 
 def _overrides(run: Run) -> list[str]:
-    if not run.exists:
+    if not run.exists():
         return []
-    head: dict[str, Any] = run.config.get("run") or {}
+    head: dict[str, Any] = run.read_config().get("run") or {}
     return [str(each) for each in head.get("overrides") or []]
 
 

@@ -70,7 +70,9 @@ class Sweep:
         """Return how many runs are in each state."""
         counted: dict[str, int] = {}
         for run, _ in self.runs():
-            counted[run.state or "unknown"] = counted.get(run.state or "unknown", 0) + 1
+            counted[run.judge_state() or "unknown"] = (
+                counted.get(run.judge_state() or "unknown", 0) + 1
+            )
         return counted
 
     def scores(self) -> dict[str, float]:
@@ -82,7 +84,11 @@ class Sweep:
         """Return all runs sorted by the objective, then every failure with its error and its logs."""
         rows, failures = [], []
         for run, swept in self.runs():
-            state, status, value = run.state or "unknown", run.status, score(run, self.objective)
+            state, status, value = (
+                run.judge_state() or "unknown",
+                run.read_status(),
+                score(run, self.objective),
+            )
             rows.append((value is None, value or 0.0, run.id, state, status, swept))
             if state == "failed":
                 failures.append(f"{run.id} failed: {status.get('reason')}\n  logs {run.logs}")
@@ -96,7 +102,7 @@ class Sweep:
 
     def _unknown_objective(self) -> list[str]:
         """Return a line if runs have recorded metrics, but none of them the objective."""
-        recorded = {key for run, _ in self.runs() for key in run.status.get("last") or ()}
+        recorded = {key for run, _ in self.runs() for key in run.read_status().get("last") or ()}
         if not recorded or self.scores():
             return []
         return [
@@ -111,7 +117,7 @@ def score(run: Run, objective: str) -> float | None:
     A smaller result is always better: `objective=-metric` names a metric of which more is better,
     and its score is the negative of the value.
     """
-    best = run.status.get("best")
+    best = run.read_status().get("best")
     if best and best["metric"] == objective:
         return float(best["value"])
     sign, metric = (-1.0, objective[1:]) if objective.startswith("-") else (1.0, objective)

@@ -57,8 +57,7 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def saved(self) -> int:
+    def newest_step(self) -> int:
         """Updates that the newest checkpoint has, without a look into it; 0 where there is none."""
         return max(
             (int(p.name) for p in self.checkpoints.glob("[0-9]*") if p.name.isdigit()), default=0
@@ -73,8 +72,7 @@ class Run:
         """What the first rank to fail had to say, in the last attempt."""
         return self.logs / "failure.json"
 
-    @property
-    def failure(self) -> dict[str, Any] | None:
+    def read_failure(self) -> dict[str, Any] | None:
         """The record in `failure_file`, if a rank has failed."""
         try:
             return dict(json.loads(self.failure_file.read_text()))
@@ -104,12 +102,10 @@ class Run:
         """A new handle on the lock; hold on to the one that you acquire."""
         return Lock(self.path / "lock.json")
 
-    @property
     def exists(self) -> bool:
         return self.config_file.exists()
 
-    @property
-    def config(self) -> dict[str, Any]:
+    def read_config(self) -> dict[str, Any]:
         """The frozen configuration as plain values; `run` is the head that Atlas added."""
         try:
             with open(self.config_file) as file:
@@ -125,33 +121,30 @@ class Run:
 
     def use_modules(self) -> None:
         """Put the folders of the person's own modules on `sys.path`, as they were at submit."""
-        use_modules(self.config["run"]["sys_path"])
+        use_modules(self.read_config()["run"]["sys_path"])
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    def read_identity(self) -> dict[str, Any]:
         """The part of the configuration that the id hashes."""
-        config = self.config
+        config = self.read_config()
         return identity(config, config["run"]["world_size"])
 
-    @property
-    def status(self) -> dict[str, Any]:
+    def read_status(self) -> dict[str, Any]:
         """`status.json` as it was last written; empty before that, and where a crash emptied it."""
         try:
             return dict(json.loads(self.status_file.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return {}
 
-    @property
-    def state(self) -> str | None:
+    def judge_state(self) -> str | None:
         """The state as judged now: a run that says it is running but has no live holder is not."""
-        recorded = self.status.get("state")
+        recorded = self.read_status().get("state")
         if recorded == "running" and self.lock.live_holder() is None:
             return "killed"
         return recorded
 
     def update_status(self, **changes: Any) -> dict[str, Any]:
         """Replace `status.json` by itself with `changes`, atomically."""
-        status = {**self.status, **changes, "updated": round(time.time(), 3)}
+        status = {**self.read_status(), **changes, "updated": round(time.time(), 3)}
         with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or torn
             status["mlflow_run_id"] = json.loads(self.mlflow_file.read_text()).get("run_id")
         write_json(self.status_file, status)
@@ -189,7 +182,7 @@ class Run:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             write_text(self.config_file, self._frozen(config, world_size, command))
-            if not self.status:
+            if not self.read_status():
                 self.update_status(**self._first_status(config, world_size, command))
 
     def refuse_if_live(self) -> None:

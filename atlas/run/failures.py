@@ -106,7 +106,7 @@ def record_end(run: Run, rank: int, code: int) -> dict[str, Any]:
     entry = {
         "kind": what,
         "rank": rank,
-        "step": run.status.get("step"),
+        "step": run.read_status().get("step"),
         "state": "failed",
         "reason": f"{what}: {text}",
         "message": text,

@@ -24,7 +24,7 @@ def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
     The run's own overrides and modules become those of `command`.
     """
     run = Run.find(str(config["resume"]), config["outputs"])
-    head = run.config["run"]
+    head = run.read_config()["run"]
     trust.use_modules(run.config_file, head["sys_path"])
     adopted = copy.deepcopy(trust.config_of(run))
     del adopted["run"]
@@ -53,7 +53,7 @@ def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
 
 def keep_effective_batch(config: dict[str, Any], run: Run, world_size: int) -> None:
     """Derive `trainer.accumulate` so that a resumed run keeps its effective batch; in place."""
-    frozen = run.config
+    frozen = run.read_config()
     wanted = effective_batch(frozen, frozen["run"]["world_size"])
     size = int(config["data"]["batch_size"])
     if effective_batch(config, world_size) == wanted:
@@ -85,19 +85,21 @@ def check_source(config: Mapping[str, Any]) -> None:
 
 def announce(run: Run, config: Mapping[str, Any], world_size: int, command: Command) -> None:
     """Say what of this run is there already, and whether it was made by other code."""
-    if not run.exists:
+    if not run.exists():
         for other in cut_otherwise(run, config, world_size):
             print(
-                f"note: run {other.id} ({other.state}, step {other.status.get('step', 0)}) differs "
+                f"note: run {other.id} ({other.judge_state()}, step {other.read_status().get('step', 0)}) differs "
                 f"only in its effective batch; to go on with it here: "
                 f"python train.py resume={other.id}"
             )
         return
     if config["fresh"]:
         return
-    status = run.status
+    status = run.read_status()
     if status.get("step"):
-        print(f"run {run.id} is there ({run.state} at step {status['step']}); going on with it")
+        print(
+            f"run {run.id} is there ({run.judge_state()} at step {status['step']}); going on with it"
+        )
     made_by = (status.get("git") or {}).get("digest")
     if made_by and made_by != command.code["digest"]:
         print(
@@ -114,10 +116,10 @@ def cut_otherwise(run: Run, config: Mapping[str, Any], world_size: int) -> list[
     found = []
     for path in sorted(run.path.parent.glob("*/config.yaml")):
         other = Run(path.parent)
-        if ".old-" in other.id or other.state in ("finished", None):
+        if ".old-" in other.id or other.judge_state() in ("finished", None):
             continue
         try:
-            theirs = flatten(other.identity)
+            theirs = flatten(other.read_identity())
         except AtlasError:  # damaged, and no matter of this run
             continue
         theirs.pop("effective_batch", None)

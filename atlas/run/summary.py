@@ -15,8 +15,8 @@ CURVE_WIDTH = 48
 
 def summary(run: Run) -> str:
     """How the run stands, where its results are, and what to type next."""
-    status = run.status
-    state = run.state
+    status = run.read_status()
+    state = run.judge_state()
     done = f"run {run.id} is {state}"
     if status.get("reason"):
         done += f" ({status['reason']})"
@@ -46,9 +46,9 @@ def outline(run: Run, config: Mapping[str, Any], launcher: Any) -> str:
     optim = config["optim"]
     ratio = batch / optim["base_batch_size"]
     factor = scaling(optim["scale_lr"], batch, optim["base_batch_size"])
-    state = run.state
+    state = run.judge_state()
     rows = {
-        "run": run.id + (f" ({state}, step {run.status['step']})" if state else " (new)"),
+        "run": run.id + (f" ({state}, step {run.read_status()['step']})" if state else " (new)"),
         "directory": str(run.path),
         "launcher": f"{launcher.name}: {launcher.nodes} node(s) x {launcher.nproc_per_node} rank(s), "
         f"device {config['cluster']['device']}",

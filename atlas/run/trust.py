@@ -28,7 +28,7 @@ CLUSTERS = ("launchers.local.LocalLauncher", "launchers.slurm.SlurmLauncher")
 
 def config_of(of: run.Run) -> dict[str, Any]:
     """The frozen configuration of a run, to be instantiated; raises `AtlasError` for a stranger's."""
-    config = of.config
+    config = of.read_config()
     check(of.config_file, config)
     return config
 

@@ -80,7 +80,7 @@ class LocalLauncher(Launcher):
     def _run_many(self, runs: Sequence[Run]) -> list[int]:
         """All `runs`, with one process that sends their journals to MLflow."""
         pool = self._pool(len(runs))
-        fleet = Fleet(runs, max(float(run.config["tracking"]["wait_s"]) for run in runs))
+        fleet = Fleet(runs, max(float(run.read_config()["tracking"]["wait_s"]) for run in runs))
         fleet.start()
         codes = pool.run(runs, self._tell_short)
         if left := fleet.finish():

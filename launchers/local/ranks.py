@@ -113,12 +113,12 @@ class Ranks:
         """Leave the reason in `status.json`, for a rank that could not say it by itself too."""
         if self.run.lock.live_holder():
             return  # ours are gone: another process has the run, and it is not ours to judge
-        failure = self.run.failure
+        failure = self.run.read_failure()
         if failure is None:
             failure = record_end(
                 self.run, *next((r, c) for r, c in enumerate(codes) if c not in (None, 0, 75))
             )
-        if self.run.status.get("state") == "running":
+        if self.run.read_status().get("state") == "running":
             self.run.update_status(state=failure["state"], reason=failure["reason"])
 
 
@@ -132,13 +132,13 @@ def free_port() -> int:
 
 def failure_text(run: Run) -> str:
     """What the first rank to fail had to say, and where its log is."""
-    failure = run.failure
+    failure = run.read_failure()
     if failure is None:
         try:
             run.refuse_if_live()  # another process had the lock before ours
         except RunBusyError as error:
             return f"error: {error}"
-        return f"error: {run.status.get('reason')}\nits logs are in {run.logs}"
+        return f"error: {run.read_status().get('reason')}\nits logs are in {run.logs}"
     if not failure["traceback"]:
         return f"error: {failure['message']}"
     log = run.logs / f"rank{failure['rank']}.log"

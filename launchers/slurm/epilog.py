@@ -32,7 +32,7 @@ PEER_GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process",
 
 def note_attempt(run: Run, folder: Path, job: str, attempt: int) -> None:
     """Which run a job trains, and how far that was saved before this attempt of it (from 0)."""
-    note = {"run": str(run.path), "attempt": attempt, "saved": run.saved}
+    note = {"run": str(run.path), "attempt": attempt, "saved": run.newest_step()}
     write_json(_note_file(folder, job), note)
 
 
@@ -63,13 +63,13 @@ def main(folder: Path) -> None:
         return
     run = Run(note["run"])
     with guarded(run.path.parent):
-        if run.status.get("job_id") != job or note["attempt"] > attempt():
+        if run.read_status().get("job_id") != job or note["attempt"] > attempt():
             return  # sent again, or requeued from a node that was lost: no longer ours to judge
         failure = judge(run, folder / f"{job}_0_log.out")
         if failure is None:
             return
         # Where rank 0 has not noted this attempt, none has got as far as a checkpoint.
-        advanced = note["attempt"] == attempt() and run.saved > note["saved"]
+        advanced = note["attempt"] == attempt() and run.newest_step() > note["saved"]
         if may_retry(failure["kind"], advanced):
             go_on(run, failure)
             return
@@ -81,7 +81,7 @@ def main(folder: Path) -> None:
 
 def judge(run: Run, log: Path) -> dict[str, Any] | None:
     """Why the ranks have failed; None where the run has come to a good end, or was stopped, before."""
-    state = run.status.get("state")
+    state = run.read_status().get("state")
     if state == "preempted":  # and saved; it was for rank 0 to requeue the job
         words = "rank 0 ended before it had requeued the job"
         return None if _is_requeued() else _record(run, PREEMPTED, words, None)
@@ -93,7 +93,7 @@ def first_failure(run: Run, log: Path) -> dict[str, Any]:
 
     A rank that is killed cannot. The others only see that it is gone; srun says which, and how.
     """
-    told = run.failure
+    told = run.read_failure()
     if told and not any(word in told["reason"] for word in PEER_GONE):
         return told
     words = _srun_says(log)
@@ -113,8 +113,8 @@ def in_words(failure: Mapping[str, Any]) -> str:
 def go_on(run: Run, failure: Mapping[str, Any]) -> None:
     """Requeue this job, which ends it here."""
     run.failure_file.unlink(missing_ok=True)  # it is the next attempt's
-    restarts = int(run.status.get("restarts", 0))
-    told = f"{in_words(failure)}; {run.saved} updates are saved, so the job is back in the queue"
+    restarts = int(run.read_status().get("restarts", 0))
+    told = f"{in_words(failure)}; {run.newest_step()} updates are saved, so the job is back in the queue"
     run.update_status(state="queued", reason=told, restarts=restarts + 1)
     print(told, flush=True)
     if refused := _requeue():
@@ -125,7 +125,7 @@ def go_on(run: Run, failure: Mapping[str, Any]) -> None:
 
 def tell_mlflow(run: Run) -> None:
     """Send the reason after the metrics: rank 0 has sent these with what it saw itself, if at all."""
-    tracking = run.config["tracking"]
+    tracking = run.read_config()["tracking"]
     if tracking["kind"] == "none":
         return
     command = [sys.executable, "-m", "atlas.cli", "sync", str(run.path)]
@@ -149,12 +149,12 @@ def _record(run: Run, kind: str, words: str, told: Mapping[str, Any] | None) -> 
         "kind": kind,
         "rank": int(found[2]) if found else None,
         "host": found[1] if found else "unknown",
-        "step": told["step"] if told else run.status.get("step"),
+        "step": told["step"] if told else run.read_status().get("step"),
         "state": "failed",
         "reason": f"{kind}: {words}",
         "message": words,
         "traceback": "",
-        "time": told["time"] if told else run.status.get("updated"),
+        "time": told["time"] if told else run.read_status().get("updated"),
     }
 
 

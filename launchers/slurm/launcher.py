@@ -275,7 +275,7 @@ class SlurmLauncher(Launcher):
 
     def _refuse_queued(self, runs: Sequence[Run]) -> None:
         """Raise `RunBusyError` for runs that have a job in the queue."""
-        ids = [str(run.status["job_id"]) for run in runs if _is_slurms(run)]
+        ids = [str(run.read_status()["job_id"]) for run in runs if _is_slurms(run)]
         if not ids:
             return
         jobs = queue(["-j", ",".join(ids)])
@@ -283,8 +283,8 @@ class SlurmLauncher(Launcher):
         if busy:
             raise RunBusyError(
                 "\n".join(
-                    f"run {run.id} is job {run.status['job_id']} on Slurm already ({state}); "
-                    f"scancel {run.status['job_id']} stops it and keeps what it has reached"
+                    f"run {run.id} is job {run.read_status()['job_id']} on Slurm already ({state}); "
+                    f"scancel {run.read_status()['job_id']} stops it and keeps what it has reached"
                     for run, state in busy
                 )
             )
@@ -351,7 +351,7 @@ class SlurmHandle(Handle):
             now = job_state(self.job_id)
         except AtlasError:  # a controller that is away for a while
             return None
-        state = str(self.run.status.get("state"))  # read last: it can have ended in between
+        state = str(self.run.read_status().get("state"))  # read last: it can have ended in between
         over = now is None or now in ENDED
         if state in ("finished", "failed") and (over or now == "COMPLETING"):
             return CODES.get(state, EXIT_FAILED)
@@ -366,7 +366,7 @@ class SlurmHandle(Handle):
 
 
 def _is_slurms(run: Run) -> bool:
-    status = run.status
+    status = run.read_status()
     return status.get("launcher") == "slurm" and bool(status.get("job_id"))
 
 
@@ -374,7 +374,7 @@ def _job_of(run: Run, jobs: Mapping[str, tuple[str, str]]) -> str | None:
     """The state of the job that has `run` queued or running, None where there is none."""
     if not _is_slurms(run):
         return None
-    status = run.status
+    status = run.read_status()
     state, script = jobs.get(str(status["job_id"]), ("", ""))
     if not state or state in ENDED or status["state"] in ("finished", "failed"):
         return None
@@ -386,7 +386,7 @@ def _job_of(run: Run, jobs: Mapping[str, tuple[str, str]]) -> str | None:
 
 
 def _mark_queued(run: Run, job_id: str) -> None:
-    before = run.status
+    before = run.read_status()
     again = before.get("state") not in (None, "queued")
     run.failure_file.unlink(missing_ok=True)  # of an earlier job
     run.update_status(

@@ -56,7 +56,7 @@ class Task:
 
 def settle(run: Run, handler: Any) -> None:
     """Rank 0's last act in a job that was asked to stop: requeue it where that was a preemption."""
-    state = run.status.get("state")
+    state = run.read_status().get("state")
     if state == "preempted" or (state == "killed" and is_preempted()):
         told = requeue(handler, is_out_of_time(run))
         print(told, flush=True)
@@ -115,4 +115,4 @@ def is_out_of_time(run: Run) -> bool:
     # As it was when the run was saved: since then the last metrics were sent.
     saved = [path.stat().st_mtime for path in run.checkpoints.glob("[0-9]*/meta.json")]
     since = time.time() - max(saved, default=time.time())
-    return left + since <= float(run.config["cluster"]["signal_delay_s"]) + EARLY_S
+    return left + since <= float(run.read_config()["cluster"]["signal_delay_s"]) + EARLY_S

@@ -224,7 +224,7 @@ def test_a_crash_that_emptied_a_runs_files(tmp_path, capsys, text):
     run.path.mkdir(parents=True)
     run.status_file.write_text(text)
     run.config_file.write_text(text)
-    assert run.status == {} and run.state is None
+    assert run.read_status() == {} and run.judge_state() is None
     assert main(["sync", str(run.path)]) == 1
     assert str(run.config_file) in capsys.readouterr().err
     run.update_status(state="killed")

@@ -41,14 +41,14 @@ class Store:
 
     def open(self, run: Run, config: Mapping[str, Any], cursor: Cursor, live: bool) -> None:
         """Find the run's MLflow run or create it, and say in it what the run is."""
-        status = run.status
+        status = run.read_status()
         found = self._recorded(cursor) or self._found_or_created(config, status)
         self._id = found.info.run_id
         if cursor.run_id != self._id:
             cursor.offset = cursor.shipped = cursor.refused = 0
             cursor.uploaded = {}
         cursor.run_id, cursor.experiment_id = self._id, found.info.experiment_id
-        self._describe(found, run.identity, tags(run, config, status))
+        self._describe(found, run.read_identity(), tags(run, config, status))
         if live and found.info.status != "RUNNING":
             self._client.update_run(self._id, status="RUNNING")
         if sweep := sweep_of(run, config):
@@ -94,7 +94,7 @@ class Store:
 
     def close(self, run: Run, config: Mapping[str, Any]) -> None:
         """Record the state that the run is in; one that can go on (preempted) stays RUNNING."""
-        status, state = run.status, run.state
+        status, state = run.read_status(), run.judge_state()
         self._set_tags(tags(run, config, status))  # all: some are known only since the run started
         if state in ENDED:
             end = max(float(status.get("updated") or 0), _last_written(run))

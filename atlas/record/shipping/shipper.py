@@ -172,7 +172,7 @@ class Fleet:
         return f"points are still on their way to MLflow, in the background; see {self.log}"
 
     def _tracked(self) -> list[Run]:
-        return [run for run in self._runs if run.config["tracking"]["kind"] != "none"]
+        return [run for run in self._runs if run.read_config()["tracking"]["kind"] != "none"]
 
 
 def _finished(child: subprocess.Popen[bytes], timeout_s: float) -> bool:

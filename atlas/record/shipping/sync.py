@@ -118,7 +118,7 @@ class Shipping:
 
     def __init__(self, run: Run, again: bool = False) -> None:
         self.run = run
-        self._config = run.config
+        self._config = run.read_config()
         self._uri = tracking_uri(run, self._config)
         self._cursor = _cursor(run, self._uri, again)
         self._store: Store | None = None
@@ -139,7 +139,7 @@ class Shipping:
             over = writer is None or writer.gone()
             if over and not ended:
                 ended, self._progress = True, time.monotonic()
-            self._live = not over or self.run.state == "running"
+            self._live = not over or self.run.judge_state() == "running"
             done = self._turn(over, writer)
             if over and (done or self._hopeless()):
                 break
@@ -150,7 +150,7 @@ class Shipping:
 
     def look(self, closing: bool, writer: Writer) -> Shipped | None:
         """One turn of many, among other runs; what was done once the run has ended and is sent."""
-        state = self.run.state
+        state = self.run.judge_state()
         over = closing or state not in ("queued", "running")
         self._live = state == "running"
         if state == "queued" and not closing:
@@ -293,10 +293,10 @@ class Shipping:
 
 def note_run_id(run: Run, cursor: Cursor) -> None:
     """Put the MLflow run's id into the status, which is ours to write once nobody else does."""
-    if run.lock.live_holder() or run.status.get("mlflow_run_id") == cursor.run_id:
+    if run.lock.live_holder() or run.read_status().get("mlflow_run_id") == cursor.run_id:
         return
     with guarded(run.path.parent):  # nobody takes the lock between the question and the writing
-        if run.status and run.lock.live_holder() is None:
+        if run.read_status() and run.lock.live_holder() is None:
             run.update_status()
 
 

@@ -49,10 +49,10 @@ def tags(run: Run, config: Mapping[str, Any], status: Mapping[str, Any]) -> dict
         "mlflow.user": _user(),
         "mlflow.source.git.commit": code.get("commit"),
     }
-    excluded = _excluded(config, run.identity)
+    excluded = _excluded(config, run.read_identity())
     said.update({f"config.{key}": value for key, value in excluded.items()})
     known = {key: str(value) for key, value in said.items() if value is not None}
-    return {**known, **_state_tags(run.state, status)}
+    return {**known, **_state_tags(run.judge_state(), status)}
 
 
 def marks(config: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str]:

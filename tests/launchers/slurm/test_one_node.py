@@ -143,7 +143,10 @@ def test_array_of_six(tmp_path):
     assert field(main.pop(), "ArrayTaskThrottle") == "3"
     assert [handle.wait() for handle in handles] == [0] * 6
     for run, handle in zip(runs, handles, strict=True):
-        assert run.status["state"] == "finished" and run.status["job_id"] == handle.job_id
+        assert (
+            run.read_status()["state"] == "finished"
+            and run.read_status()["job_id"] == handle.job_id
+        )
         assert (run.path / "slurm" / "1" / f"{handle.job_id}_0_log.out").exists()
     ends = {str(weights(run.path)["model"]["encoder.bias"].tolist()) for run in runs}
     assert len(ends) == 6
@@ -273,7 +276,7 @@ def test_a_failure_that_is_not_tried_again(tmp_path, how, rank, after, restarts,
     assert ended(job)[0] == "FAILED"
     assert field(job, "Restarts") == restarts and status(run)["restarts"] == int(restarts)
     assert status(run)["state"] == "failed" and kind in status(run)["reason"]
-    assert Run(run).failure["kind"] == kind
+    assert Run(run).read_failure()["kind"] == kind
     assert log(run, job).splitlines()[-1].startswith("failed: rank ")
     # Not what rank 0 has seen of it, which it sent before the first reason was known.
     sent = MlflowClient(tracking_uri=uri).get_run(status(run)["mlflow_run_id"])

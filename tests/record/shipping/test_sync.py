@@ -172,7 +172,7 @@ def test_everything_about_a_run_is_in_the_store(outputs: Path) -> None:
     found = client.get_run(run_id)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == f"{run.id} seed=1"
-    assert found.info.start_time == int(run.status["created"] * 1000)
+    assert found.info.start_time == int(run.read_status()["created"] * 1000)
     assert found.info.end_time >= found.info.start_time
     assert found.data.params["optim.lr"] == "0.001"
     assert found.data.params["effective_batch"] == "32"
@@ -187,7 +187,7 @@ def test_everything_about_a_run_is_in_the_store(outputs: Path) -> None:
     root = outputs / "mlartifacts" / run_id / "artifacts"
     assert (root / "config.yaml").read_text() == run.config_file.read_text()
     assert (root / "best" / "model.pt").read_bytes() == b"weights"
-    assert run.status["mlflow_run_id"] == run_id
+    assert run.read_status()["mlflow_run_id"] == run_id
 
 
 def test_sending_again_changes_nothing(outputs: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_shipper_sends_a_growing_journal(outputs: Path) -> None:
     run = make_run(outputs)
     lock = run.lock
     lock.acquire()
-    shipper = open_shipper(run, run.config["tracking"])
+    shipper = open_shipper(run, run.read_config()["tracking"])
     shipper.start()
     for part in range(4):
         write(run, range(100 * part, 100 * part + 100))
@@ -375,7 +375,7 @@ def test_a_shipper_outlives_a_killed_writer_and_ends(outputs: Path) -> None:
     assert in_store(run) == in_journal(run)
     client, run_id = store_of(run)
     assert client.get_run(run_id).info.status == "KILLED"
-    assert run.status["mlflow_run_id"] == run_id
+    assert run.read_status()["mlflow_run_id"] == run_id
 
 
 def test_a_run_that_is_over_at_once(outputs: Path) -> None:
@@ -674,7 +674,7 @@ def test_without_tracking_mlflow_is_not_imported(outputs: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
     assert run.report_file.exists() and not run.mlflow_file.exists()
     run.report_file.unlink()
-    shipper = open_shipper(run, run.config["tracking"])
+    shipper = open_shipper(run, run.read_config()["tracking"])
     assert isinstance(shipper, NullShipper)
     shipper.start()
     assert shipper.warning() is None and shipper.finish() is None
