@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from atlas.config.checks import KEYS
+from atlas.config.schema import KEYS
 from atlas.errors import ConfigError, nearest
 from atlas.run import failures
 from atlas.run.summary import outline, summary

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf.errors import OmegaConfBaseException
 
-from atlas.config.checks import KEYS, check
+from atlas.config.checks import check
 from atlas.config.dotted import flatten
+from atlas.config.schema import KEYS
 from atlas.errors import AtlasError
 from atlas.run.directory import Command, Run
 from atlas.run.resume import adopt, check_source

@@ -6,12 +6,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from atlas.config.checks import KEYS
 from atlas.config.dotted import flatten
+from atlas.config.schema import BATCH_SPLIT, KEYS
 from atlas.errors import AtlasError, ConfigError
 from atlas.run import trust
 from atlas.run.directory import Command, Run
-from atlas.run.identity import CUT, effective_batch, identity, is_excluded
+from atlas.run.identity import effective_batch, identity, is_excluded
 
 # Typed beside `resume=` these say where the run is and how to go on, not what it is.
 LOCATORS = ("resume", "outputs", "name")
@@ -31,7 +31,7 @@ def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
     adopted["fresh"] = False  # how the run was begun, not how it goes on
     add_new_keys(adopted)
     typed = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in command.overrides]
-    foreign = [k for k in typed if not is_excluded(k) and k not in CUT]
+    foreign = [k for k in typed if not is_excluded(k) and k not in BATCH_SPLIT]
     if foreign:
         raise ConfigError(
             [

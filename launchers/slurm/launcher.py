@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas.config.checks import COUNT, OPTIONAL_COUNT, Key
+from atlas.config.keys import Key
 from atlas.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -43,6 +43,8 @@ from launchers.slurm.queue import (
 )
 from launchers.slurm.task import Task
 
+COUNT = Key(int, minimum=1)
+OPTIONAL_COUNT = Key(int, minimum=1, null=True)
 KEYS = {
     "cpus_per_task": OPTIONAL_COUNT,
     "mem_gb": Key(float, above=0, null=True),

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from atlas.run.identity import EXCLUDED, effective_batch, identity, is_excluded, run_id
+from atlas.config.schema import EXCLUDED
+from atlas.run.identity import effective_batch, identity, is_excluded, run_id
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG: dict[str, Any] = {
