@@ -173,7 +173,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what a person can put right is a message, not a traceback."""
-    from atlas.run.trust import taken
+    from atlas.config.options import take_option
+    from atlas.run import trust
     from atlas.system.terminal import outlive
 
     parser = argparse.ArgumentParser(
@@ -187,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))
     if argv is None:
         outlive()
-    args = parser.parse_args(taken(sys.argv[1:] if argv is None else argv))
+    trusted, rest = take_option(sys.argv[1:] if argv is None else argv, trust.OPTION)
+    trust.add(trusted)
+    args = parser.parse_args(rest)
     try:
         return COMMANDS[args.command].run(args)
     except AtlasError as error:

@@ -12,7 +12,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import hydra
 from omegaconf import DictConfig
 
-from atlas.config.single_file import translated
 from launchers.launch import launch, start
 
 
@@ -22,11 +21,5 @@ def main(cfg: DictConfig) -> None:
     launch(cfg)
 
 
-def compose() -> None:
-    """Put the file's values in front of the overrides, and go the way of train.py."""
-    sys.argv[1:] = translated(sys.argv[1:])
-    main()
-
-
 if __name__ == "__main__":
-    start(compose)
+    start(main, takes_file=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,11 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from atlas.errors import AtlasError, ConfigError, nearest
+from launchers.command_line import CommandLine
 
 MULTIPLIERS = "optim.lr_multipliers"
 
 
-def explain(error: Exception, conf: Path, check: Callable[[dict[str, Any]], None]) -> str:
+def explain(
+    error: Exception, typed: CommandLine, conf: Path, check: Callable[[dict[str, Any]], None]
+) -> str:
     """Words for `error` and for all else that is wrong with the command line.
 
     Composition stops at the first wrong override; here that one is left out and the rest is
@@ -32,12 +34,12 @@ def explain(error: Exception, conf: Path, check: Callable[[dict[str, Any]], None
             f"{error.filename}: {error.strerror}; runs are written below outputs/name, which have to "
             "be folders that can be written to"
         )
-    overrides = [a for a in sys.argv[1:] if a.startswith("~") or (a[:1] != "-" and "=" in a)]
+    overrides = [text for text in typed.all_overrides() if text.startswith("~") or "=" in text]
     problems = [words(error)]
     while (culprit := _culprit(error, overrides)) is not None:
         overrides.remove(culprit)
         try:
-            check(_compose(conf, overrides))
+            check(_compose(conf, overrides, typed.config_dir))
         except ConfigError as found:
             problems += found.problems
             break
@@ -115,22 +117,10 @@ def _culprit(error: Exception, overrides: list[str]) -> str | None:
     return next(iter(exact + around), None)
 
 
-def _option(*names: str) -> str | None:
-    """The value that one of Hydra's own options has on the command line."""
-    for index, argument in enumerate(sys.argv):
-        if argument in names and index + 1 < len(sys.argv):
-            return sys.argv[index + 1]
-        for name in names:
-            if argument.startswith(f"{name}="):
-                return argument.partition("=")[2]
-    return None
-
-
-def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
+def _compose(conf: Path, overrides: list[str], config_dir: str | None) -> dict[str, Any]:
     GlobalHydra.instance().clear()
-    own = _option("--config-dir", "-cd")
-    if own:
-        overrides = [*overrides, f"hydra.searchpath=[{Path(own).absolute()}]"]
+    if config_dir:
+        overrides = [*overrides, f"hydra.searchpath=[{Path(config_dir).absolute()}]"]
     with initialize_config_dir(str(conf), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", overrides), resolve=True)
     assert isinstance(config, dict)

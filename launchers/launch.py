@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,44 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from atlas.config.checks import check, not_set
 from atlas.config.dotted import flatten
 from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, AtlasError, ConfigError
+from atlas.run import trust
 from atlas.run.directory import Command, Run
 from atlas.run.resume import adopt, announce, check_source, keep_effective_batch
 from atlas.run.summary import outline, summary
-from atlas.run.trust import taken
 from atlas.system.terminal import outlive
 from atlas.version import ROOT
-from launchers import torchrun
+from launchers import command_line, torchrun
 from launchers.base import Launcher
+from launchers.command_line import CommandLine
 from launchers.hydra_errors import explain, first_line, is_hydras, is_of_a_file
 from launchers.local.ranks import warm_context
 
-# Hydra's options that are followed by a value; --config is Atlas's own, of atlas/train.py.
-WITH_VALUE = (
-    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
-    *("--package", "-p", "--cfg", "-c", "--info", "-i", "--experimental-rerun", "--config"),
-)
-# A run's id of digits alone, or as 12345e6789, which Hydra takes for a number.
-NUMBER = re.compile(r"(?<=[=,])\d+(e\d+)?(?=,|$)")
 # Set by a person who wants to see where an error comes from.
 FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
+
+
+def start(main: Callable[[], Any], takes_file: bool = False) -> None:
+    """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started.
+
+    `takes_file`: the command line may hold --config FILE.
+    """
+    outlive()
+    sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
+    typed = command_line.parse(sys.argv[1:], takes_file)
+    trust.add(typed.trusted)
+
+    def compose() -> None:
+        sys.argv[1:] = typed.arguments()
+        main()
+
+    with reported(typed):
+        if torchrun.is_torchrun():
+            torchrun.refuse("launchers.local.", typed.is_sweep)
+            torchrun.main(compose)
+        else:
+            if typed.is_sweep and not typed.sets("cluster"):
+                warm_context()  # it imports torch while the sweep is composed
+            compose()
 
 
 def launch(cfg: DictConfig) -> None:
@@ -89,51 +106,6 @@ def launcher_of(config: dict[str, Any]) -> Launcher:
     return torchrun.TorchrunLauncher(cluster["device"], cluster.get("sharding"))
 
 
-def start(main: Callable[[], Any]) -> None:
-    """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started."""
-    outlive()
-    sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
-    with reported():
-        arguments = torchrun.without_launcher_arguments(taken(sys.argv[1:]))
-        sys.argv[1:] = ids_as_text(options_first(arguments))
-        if not torchrun.is_torchrun():
-            if _is_sweep(sys.argv) and not any(a.startswith("cluster=") for a in sys.argv):
-                warm_context()  # it imports torch while the sweep is composed
-            main()
-            return
-        torchrun.refuse("launchers.local.", multirun=_is_sweep(sys.argv))
-        torchrun.main(main)
-
-
-def _is_sweep(arguments: Sequence[str]) -> bool:
-    return "-m" in arguments or "--multirun" in arguments
-
-
-def options_first(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with Hydra's options ahead of the overrides: it takes no others behind those."""
-    options: list[str] = []
-    overrides: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        if not argument.startswith("-"):
-            overrides.append(argument)
-            continue
-        options.append(argument)
-        if argument in WITH_VALUE and (value := next(waiting, None)) is not None:
-            options.append(value)
-    return [*options, *overrides]
-
-
-def ids_as_text(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with quotes around ids of runs that would be read as numbers."""
-    return [
-        NUMBER.sub(r"'\g<0>'", argument)
-        if argument.startswith(("resume=", "init_from="))
-        else argument
-        for argument in arguments
-    ]
-
-
 def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
     """Print the plan; nothing is written or started."""
     print(outline(run, config, launcher), flush=True)
@@ -159,9 +131,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     except InterpolationToMissingValueError:
         return _resolve_around_missing(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'the configuration'}: {first_line(error)}"
-        ) from error
+        raise ConfigError(_unresolved(error)) from error
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
 
@@ -173,18 +143,27 @@ def _resolve_around_missing(cfg: DictConfig) -> dict[str, Any]:
     filled = OmegaConf.create(raw)
     for key in missing:
         OmegaConf.update(filled, key, "")
-    others: Any = OmegaConf.to_container(filled, resolve=True)
     found: list[str] = []
     try:
+        others: Any = OmegaConf.to_container(filled, resolve=True)
         check(others)
     except ConfigError as error:
         found = [text for text in error.problems if not text.startswith(tuple(missing))]
+    except OmegaConfBaseException as error:
+        found = [_unresolved(error)]
     raise ConfigError([*map(not_set, missing), *found])
 
 
+def _unresolved(error: OmegaConfBaseException) -> str:
+    return f"{error.full_key or 'the configuration'}: {first_line(error)}"
+
+
 @contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Show what is a person's to mend as a message, everything else as Python does."""
+def reported(typed: CommandLine | None = None) -> Iterator[None]:
+    """Show errors that the user can correct as a message, all others as Python does.
+
+    `typed` is for errors of composing it; later ones are not about a single override.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
     try:
         yield
@@ -195,7 +174,10 @@ def reported() -> Iterator[None]:
         known = known or is_of_a_file(error)
         if FULL_ERROR or not (known or is_hydras(error)):
             raise
-        print(f"error: {explain(error, ROOT / 'conf', check)}", file=sys.stderr)
+        print(
+            f"error: {explain(error, typed or CommandLine(), ROOT / 'conf', check)}",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
 
 

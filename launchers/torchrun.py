@@ -65,19 +65,6 @@ def main(compose: Callable[[], Any]) -> None:
     worker.leave(EXIT_DONE)
 
 
-def without_launcher_arguments(arguments: Sequence[str]) -> list[str]:
-    """`arguments` less the `--local-rank=N` that torch.distributed.launch adds."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument in ("--local-rank", "--local_rank"):
-            skip = True
-        elif not argument.startswith(("--local-rank=", "--local_rank=")):
-            kept.append(argument)
-    return kept
-
-
 def publish(outcome: str) -> None:
     """Tell the other ranks the run's directory, or the code to exit with; the first word stands."""
     store = _store()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from atlas.errors import AtlasError
 from atlas.run.directory import Command, Run
 from atlas.run.resume import adopt, check_source
 from atlas.run.summary import outline
+from launchers.command_line import CommandLine
 from launchers.hydra_errors import explain, is_hydras
 from launchers.launch import launcher_of, resolve
 
@@ -149,11 +149,10 @@ def quick_commands(conf: None) -> Iterator[None]:
         yield
 
 
-def told(error: Exception, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def told(error: Exception, overrides: list[str]) -> str:
     """What train.py says; composes again, as it does."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
     try:
-        return explain(error, CONF, check)
+        return explain(error, CommandLine(overrides=tuple(overrides)), CONF, check)
     finally:
         GlobalHydra.instance().clear()
         initialize_config_dir(str(CONF), version_base="1.3")
@@ -167,7 +166,7 @@ def plans_or_tells(folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: lis
     except Exception as error:
         known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
         assert known or is_hydras(error), overrides
-        text = told(error, overrides, monkeypatch)
+        text = told(error, overrides)
         assert text.strip() and "Traceback" not in text and "full_key" not in text
         assert not re.search(r"\b0x[0-9a-f]{8,}", text)
     assert list(folder.iterdir()) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,9 @@ KEYS = {
 MULTIPLIERS = "training.lr_multipliers"
 
 
-def translated(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with `--config FILE` replaced by the overrides that FILE amounts to."""
-    rest: list[str] = []
-    file: str | None = None
-    waiting = iter(arguments)
-    for argument in waiting:
-        if argument == "--config":
-            file = next(waiting, "")
-        elif argument.startswith("--config="):
-            file = argument.partition("=")[2]
-        else:
-            rest.append(argument)
-    if file is None:
-        return rest
-    return [*overrides(read(Path(file)), file), *rest]
+def overrides_of(file: str) -> list[str]:
+    """Return the overrides that give the values in `file`."""
+    return overrides(read(Path(file)), file)
 
 
 def read(path: Path) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from atlas.errors import AtlasError
 from atlas.run import directory as run
 
+OPTION = "--trust"
 VARIABLE = "ATLAS_TRUST"  # prefixes, separated by commas; the workers inherit it
 HARMLESS = (
     *("atlas.data.", "atlas.models.", "atlas.schedule."),
@@ -72,21 +73,10 @@ def trusted() -> tuple[str, ...]:
     return tuple(filter(None, os.environ.get(VARIABLE, "").split(",")))
 
 
-def taken(arguments: Sequence[str]) -> list[str]:
-    """`arguments` less every `--trust PREFIX`, which is put into the environment."""
-    rest: list[str] = []
-    prefixes = list(trusted())
-    waiting = iter(arguments)
-    for argument in waiting:
-        if argument == "--trust":
-            prefixes.append(next(waiting, ""))
-        elif argument.startswith("--trust="):
-            prefixes.append(argument.partition("=")[2])
-        else:
-            rest.append(argument)
-    if len(rest) < len(arguments):
-        os.environ[VARIABLE] = ",".join(filter(None, prefixes))
-    return rest
+def add(prefixes: Sequence[str]) -> None:
+    """Trust `prefixes` too, in this process and in those that it starts."""
+    if prefixes:
+        os.environ[VARIABLE] = ",".join(filter(None, (*trusted(), *prefixes)))
 
 
 def _dotted(prefixes: Sequence[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from atlas.config.checks import check
 from atlas.config.schema import KEYS
-from atlas.config.single_file import translated
+from atlas.config.single_file import overrides_of
 from atlas.errors import ConfigError
 from launchers.launch import resolve
 
@@ -368,7 +368,7 @@ def test_a_schedule_has_known_keys(path):
 def test_one_file_takes_paths_with_dots(tmp_path):
     file = tmp_path / "one.yaml"
     file.write_text("training: {lr_multipliers: {fusion: 0.5, lang_encoder.embed: 0}}")
-    config: dict[str, Any] = resolve(compose("config", translated(["--config", str(file)])))
+    config: dict[str, Any] = resolve(compose("config", overrides_of(str(file))))
     assert config["optim"]["lr_multipliers"] == {
         **{"vision": 0, "lang_encoder": 0.1, "action_head": 1},
         **{"fusion": 0.5, "lang_encoder.embed": 0},
