@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from commands import lines, only_run, points, quick, same, status, train, weights
+from commands import lines, only_run, points, quick, same, status, train, unnamed, weights
 
 TIMEOUT_S = 120.0
 
@@ -30,13 +30,15 @@ def arguments(outputs: Path, *more: str, ranks: int = 2) -> list[str]:
 def submit(outputs: Path, *more: str, ranks: int = 2, **environment: str) -> tuple[Path, str]:
     """The run's directory and the id of its job."""
     done = train(*arguments(outputs, *more, ranks=ranks), **environment)
-    return only_run(outputs), job_of(done.stdout)
+    run = only_run(outputs)
+    return run, job_of(run, done.stdout)
 
 
-def job_of(printed: str) -> str:
-    found = re.search(r"^job (\d+) is in", printed, re.MULTILINE)
-    assert found, printed
-    return found[1]
+def job_of(run: Path, printed: str) -> str:
+    """The id of the job just submitted, which must be told with the commands that follow it."""
+    job = str(status(run)["job_id"])
+    assert unnamed(printed, f"squeue -j {job}", f"scancel {job}") == [], printed
+    return job
 
 
 def field(job: str, name: str) -> str:
