@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import unnamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
@@ -97,7 +98,8 @@ def test_a_data_worker_that_does_not_start_is_replaced(
             flag.touch()
         with workers.ending(stream.iterate(0, 6)) as batches:
             found.append([batch["noise"] for _, batch in batches])
-        assert ("did not start" in caplog.text) == stuck and not flag.exists()
+        assert len(caplog.messages) == stuck and not flag.exists()
+        assert not stuck or unnamed(caplog.messages[0], "1 s") == []  # it was waited for that long
     assert len(found[1]) == 6 and all(map(torch.equal, *found))
 
 
@@ -283,19 +285,22 @@ def test_validation_sees_every_sample_once(ranks, length, size, batches, workers
 
 
 @pytest.mark.parametrize(
-    ("dataset", "reason"),
+    ("dataset", "needs"),
     [
-        (Numbers(), "Numbers is not a map-style data set.*index is what lets a run resume"),
-        (iter([1, 2]), "not a map-style data set"),
-        ({}, "dict has no samples"),
-        (Augmented(0), "Augmented has no samples"),
-        (TensorDataset(torch.zeros(0, 2)), "has no samples"),
+        (Numbers(), True),
+        (iter([1, 2]), True),
+        ({}, False),
+        (Augmented(0), False),
+        (TensorDataset(torch.zeros(0, 2)), False),
     ],
     ids=["iterable", "iterator", "empty dict", "empty", "empty tensors"],
 )
-def test_what_cannot_be_a_data_set_is_refused_with_the_reason(dataset, reason):
-    with pytest.raises(ConfigError, match=f"data.train: .*{reason}|data.train: {reason}"):
+def test_what_cannot_be_a_data_set_is_refused_with_what_it_needs(dataset, needs):
+    with pytest.raises(ConfigError) as raised:
         check_dataset(dataset, "data.train")
+    assert unnamed(str(raised.value), "data.train", type(dataset).__name__) == []
+    wanted = ["`len(data)`", "`data[i]`"]
+    assert unnamed(str(raised.value), *wanted) == ([] if needs else wanted)
 
 
 @pytest.mark.parametrize("dataset", [Augmented(1), Whole(1), [1], TensorDataset(torch.zeros(1))])

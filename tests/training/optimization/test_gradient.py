@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import re
 import socket
 from typing import Any
 
 import pytest
 import torch
+from commands import unnamed
 from torch import nn
 
 from atlas.errors import ConfigError
@@ -250,20 +250,21 @@ def test_the_same_gradient_over_ranks(two_ranks, weight, detailed):
 
 
 @pytest.mark.parametrize(
-    "out, words",
+    "out, named",
     [
-        (None, "model(batch) returns NoneType; it must return a dictionary with `loss`"),
-        ({"l": 1.0}, "returns dict with l; it must return a dictionary"),
-        (torch.ones(()), "returns Tensor; it must"),
-        ({"loss": 0.5}, "`loss` is float; it must be a tensor of one number"),
-        ({"loss": torch.ones(3)}, "`loss` is [3]"),
-        ({"loss": torch.ones(())}, "`loss` has no gradient, as after detach()"),
+        (None, ["NoneType"]),
+        ({"l": 1.0}, ["dict", "l"]),
+        (torch.ones(()), ["Tensor"]),
+        ({"loss": 0.5}, ["float"]),
+        ({"loss": torch.ones(3)}, ["[3]"]),
+        ({"loss": torch.ones(())}, ["detach()"]),
     ],
     ids=["nothing", "another name", "bare", "float", "vector", "detached"],
 )
-def test_what_is_no_loss_is_told(out, words):
-    with pytest.raises(ConfigError, match=re.escape(words)):
+def test_what_is_no_loss_is_told(out, named):
+    with pytest.raises(ConfigError) as raised:
         Sums(detailed=True).add(out)
+    assert unnamed(str(raised.value), "model._target_", "`loss`", *named) == []
 
 
 def test_a_loss_of_one_number_in_a_list_is_that_number():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import unnamed
 from torch import nn
 
 from atlas.errors import ConfigError
@@ -95,12 +96,11 @@ def test_grouping(multipliers, expected):
 def test_paths_that_match_nothing_list_what_there_is():
     with pytest.raises(ConfigError) as raised:
         group_parameters(Policy(), {"visoin": 0, "head": 1, "lan": 0.1})
-    text = str(raised.value)
-    assert "optim.lr_multipliers.visoin matches no parameter" in text
-    assert "optim.lr_multipliers.lan matches no parameter" in text
-    assert "did you mean 'vision'" in text
-    assert all(name in text for name in ("vision", "lang.encoder", "language", "head"))
-    assert "lr_multipliers.head " not in text
+    wrong, short = raised.value.problems
+    there = ("vision", "lang.encoder", "language", "head")
+    # Suggested, and listed with the others.
+    assert unnamed(wrong, "optim.lr_multipliers.visoin", "vision", *there) == []
+    assert unnamed(short, "optim.lr_multipliers.lan", *there) == []
 
 
 def test_no_decay_on_biases_norms_embeddings_and_what_is_flat():
@@ -156,7 +156,7 @@ def test_what_the_model_froze_itself_stays_frozen():
 
 def test_nothing_left_to_train_is_an_error():
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="nothing to train"):
+    with pytest.raises(ConfigError, match=r"optim\.lr_multipliers"):
         optimizer(model, torch.optim.AdamW, {"0": 0})
 
 
@@ -282,5 +282,7 @@ def test_a_good_flag_is_as_no_flag(name):
 def test_fused_where_there_is_no_fused_form():
     check_fused(partial(torch.optim.AdamW, fused=True), CPU)
     check_fused(partial(torch.optim.Rprop), CPU)
-    with pytest.raises(ConfigError, match=r"Rprop has no fused form; .*~optim\.optimizer\.fused"):
+    with pytest.raises(ConfigError) as raised:
         check_fused(partial(torch.optim.Rprop, fused=True), CPU)
+    wanted = ("optim.optimizer.fused=true", "Rprop", "~optim.optimizer.fused")
+    assert unnamed(str(raised.value), *wanted) == []

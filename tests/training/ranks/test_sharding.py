@@ -28,6 +28,7 @@ from commands import (
     start,
     status,
     train,
+    unnamed,
     wait_for_step,
     weights,
 )
@@ -340,7 +341,8 @@ def test_a_job_is_not_queued_for_what_cannot_be_cut(
     overrides = ("model._target_=own_parts.Uneven", "+model.scalar=true", "cluster.sharding=fsdp2")
     asked = config(tmp_path, *overrides)
     found = preflight.check(asked, 2).problems
-    assert ["scale has no dimension" in problem for problem in found] == [True]
+    (problem,) = found
+    assert unnamed(problem, "cluster.sharding=fsdp2", "scale") == []
     assert preflight.check(asked, 1).problems == []
 
 
@@ -364,18 +366,22 @@ def shared() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("model", "words"),
+    ("model", "named"),
     [
-        (lambda: Own(scale=nn.Parameter(torch.ones(()))), "scale has no dimension to cut"),
-        (shared, "layers.1.weight is shared by two blocks, layers.0 and layers.1"),
-        (lambda: Own(a=nn.Linear(2, 2), b=nn.Linear(2, 2).bfloat16()), "the root is trained in several"),
-        (lambda: Own(w=nn.Parameter(torch.ones(2, 3).t())), "w is not contiguous"),
+        (lambda: Own(scale=nn.Parameter(torch.ones(()))), ["scale"]),
+        (shared, ["layers.1.weight", "layers.0", "layers.1"]),
+        (
+            lambda: Own(a=nn.Linear(2, 2), b=nn.Linear(2, 2).bfloat16()),
+            ["torch.float32", "torch.bfloat16"],
+        ),
+        (lambda: Own(w=nn.Parameter(torch.ones(2, 3).t())), ["w", ".contiguous()"]),
     ],
-)  # fmt: skip
-def test_what_cannot_be_cut(model: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+)
+def test_what_cannot_be_cut(model: Any, named: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
         sharding.check(model())
-    assert "cluster.sharding=fsdp2" in str(error.value) and "=null" in str(error.value)
+    (problem,) = error.value.problems
+    assert unnamed(problem, "cluster.sharding=fsdp2", "cluster.sharding=null", *named) == []
 
 
 def test_types_may_differ_where_weights_are_frozen() -> None:
@@ -385,15 +391,17 @@ def test_types_may_differ_where_weights_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "named"),
     [
-        (["cluster.sharding=fsdp"], "cluster.sharding='fsdp' is not known; did you mean 'fsdp2'"),
-        (["cluster.sharding=fsdp2", "trainer.compile=true"], "do not go together"),
+        (["cluster.sharding=fsdp"], ["cluster.sharding='fsdp'", "fsdp2"]),
+        (["cluster.sharding=fsdp2", "trainer.compile=true"], []),
     ],
 )
-def test_what_is_refused(tmp_path: Path, overrides: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(words)):
+def test_what_is_refused(tmp_path: Path, overrides: list[str], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
         check_config(config(tmp_path, *overrides))
+    (problem,) = error.value.problems
+    assert unnamed(problem, *(named or overrides)) == []
 
 
 def test_one_rank_holds_everything(tmp_path: Path) -> None:

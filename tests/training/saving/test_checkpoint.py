@@ -6,8 +6,10 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import pickletools
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import unnamed
 from torch import nn
 
 from atlas.errors import AtlasError
@@ -101,7 +104,8 @@ def test_damage_is_noticed_and_the_one_before_taken(tmp_path, caplog, file, dama
     damage(tmp_path / "00000003" / file)
     with caplog.at_level(logging.WARNING, "atlas"):
         assert newest(checkpoints) == 2
-    assert "00000003 is damaged" in caplog.text
+    (told,) = caplog.messages
+    assert unnamed(told, tmp_path / "00000003") == []
     damage(tmp_path / "00000002" / file)
     damage(tmp_path / "00000001" / file)
     assert newest(checkpoints) is None
@@ -244,8 +248,9 @@ def test_damaged_frozen_tensors_are_an_error_that_names_them(tmp_path, damage):
     checkpoints.save_frozen({"vision.weight": torch.ones(50)})
     checkpoints.save(1, state(1, frozen=True), None)
     damage(tmp_path / "frozen" / "state.pt")
-    with pytest.raises(AtlasError, match="frozen is missing or damaged"):
+    with pytest.raises(AtlasError) as raised:
         checkpoints.latest()
+    assert unnamed(str(raised.value), tmp_path / "frozen", tmp_path / "00000001") == []
     checkpoints.save_frozen({"vision.weight": torch.ones(50)})  # they are a function of the seed
     assert checkpoints.latest() is not None
 
@@ -257,21 +262,19 @@ def test_another_model_is_an_error_that_lists_the_tensors():
     with pytest.raises(AtlasError) as raised:
         load_weights(model, other, "outputs/a/b")
     text = str(raised.value)
-    assert text.startswith("outputs/a/b holds the weights of another model")
-    for line in (
-        "extra.weight: only in the model",
-        "old.x: only in the checkpoint",
-        "head.weight: (4, 5) in the checkpoint, (4, 3) in the model",
-    ):
-        assert line in text
+    assert unnamed(text, "outputs/a/b", "extra.weight", "old.x", "head.weight") == []
+    (sizes,) = [line for line in text.splitlines() if "head.weight" in line]
+    assert unnamed(sizes, "(4, 5)", "(4, 3)") == []
     assert "head.bias" not in text
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_many_tensors_that_differ_are_counted():
     layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(20))
-    with pytest.raises(AtlasError, match="20 more"):
+    with pytest.raises(AtlasError) as raised:
         load_weights(layers, {}, "here")
+    text = str(raised.value)
+    assert text.count(".weight") + text.count(".bias") == 20 and unnamed(text, 20) == []
 
 
 def test_averaged_weights_where_there_are_some():
@@ -295,7 +298,7 @@ def test_nothing_in_a_checkpoint_is_code(tmp_path):
 def test_a_state_with_an_object_in_it_cannot_be_read_back(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {**state(1), "spec": Path("a")}, None)
-    with pytest.raises(Exception, match=r"[Ww]eights"):
+    with pytest.raises(pickle.UnpicklingError):
         checkpoints.latest()
 
 
@@ -306,11 +309,12 @@ def test_a_full_disk_leaves_the_one_before(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(AtlasError, match=r"could not be written.*checkpoint before it stands"):
+        with pytest.raises(AtlasError) as raised:
             checkpoints.save(2, {**state(2), "big": torch.ones(limit)}, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+    assert re.search(rf"{tmp_path}/\S*00000002\S*/state.pt.* \d+\.\d MB", str(raised.value))
     assert names(tmp_path) == ["00000001"] and newest(checkpoints) == 1
 
 
