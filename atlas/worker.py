@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import logging
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,8 +21,9 @@ from atlas.errors import EXIT_FAILED, EXIT_INTERRUPTED, AtlasError, RunBusyError
 from atlas.run import trust
 from atlas.run.directory import Run
 from atlas.run.failures import failure, record, summary
-from atlas.run.lock import Holder, Lock
+from atlas.run.lock import Lock, job_id
 from atlas.run.signals import Stop
+from atlas.run.status import begin, end_if_running
 
 log = logging.getLogger("atlas")
 
@@ -67,26 +67,13 @@ def held(run: Run, rank: int) -> Iterator[Lock | None]:
     try:
         if "ATLAS_SUPERVISED" not in os.environ:
             run.failure_file.unlink(missing_ok=True)
-        before = run.read_status()
-        again = before.get("state") not in (None, "queued")
-        me = Holder.me()
-        run.update_status(
-            state="running",
-            reason=None,
-            restarts=int(before.get("restarts", 0)) + again,
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            launcher=os.environ.get("ATLAS_LAUNCHER", "local"),
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            job_id=me.job_id,
-        )
+        begin(run, job_id())
         yield lock
     except BaseException as error:
         if lock.is_mine():
             state, reason = failure(error)
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                if run.read_status().get("state") == "running":
-                    run.update_status(state=state, reason=reason)
+                end_if_running(run, state, reason)
         raise
     finally:
         lock.release()

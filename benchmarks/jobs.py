@@ -61,7 +61,7 @@ class Job(Victim):
         self._over = self._over + 1 if now is None or now in ENDED else 0
         if self._over < 2:
             return None
-        return 0 if Run(self.run).read_status()["state"] == "finished" else 75
+        return 0 if Run(self.run).read_status().state == "finished" else 75
 
     def at_work(self) -> bool:
         """Whether its rank is training now."""

@@ -21,6 +21,7 @@ from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, AtlasError, ConfigError
 from atlas.run import trust
 from atlas.run.directory import Command, Run
 from atlas.run.resume import adopt, announce, check_source, keep_effective_batch
+from atlas.run.status import State
 from atlas.run.summary import outline, summary
 from atlas.system.terminal import outlive
 from atlas.version import ROOT
@@ -78,7 +79,7 @@ def _launch(cfg: DictConfig) -> None:
     if config["dry_run"]:
         describe(run, config, launcher)
         return
-    if run.judge_state() == "finished" and not config["fresh"]:
+    if run.judge_state() is State.FINISHED and not config["fresh"]:
         print(summary(run))
         return
     run.refuse_if_live()  # before it is said to go on

@@ -12,6 +12,7 @@ from atlas.config.checks import check
 from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, AtlasError, ConfigError
 from atlas.record.sweep import Sweep, score
 from atlas.run.directory import Command, Run
+from atlas.run.status import State
 from launchers.base import Handle, Launcher
 
 
@@ -88,7 +89,7 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
                 twice += 1  # the same values, or the same written in another way
                 continue
             started[run.path] = Started(job, run)
-            if run.judge_state() != "finished" and not launcher.is_at_work(run):
+            if run.judge_state() is not State.FINISHED and not launcher.is_at_work(run):
                 todo.append(started[run.path])
         launcher.preflight([each.job.config for each in todo])
         sweep = sweep_of(list(started.values()))
@@ -156,8 +157,8 @@ def _by_launcher(jobs: Sequence[Job]) -> list[tuple[Launcher, list[Job]]]:
 
 def _outcome(started: Started) -> float | Exception:
     value = score(started.run, started.job.config["objective"])
-    if started.run.judge_state() == "finished" and value is not None:
+    if started.run.judge_state() is State.FINISHED and value is not None:
         return value
     return AtlasError(
-        f"run {started.run.id}: {started.run.judge_state()}: {started.run.read_status()['reason']}"
+        f"run {started.run.id}: {started.run.judge_state()}: {started.run.read_status().reason}"
     )

@@ -13,6 +13,7 @@ import pytest
 from atlas.config.schema import KEYS
 from atlas.errors import ConfigError, nearest
 from atlas.run import failures
+from atlas.run.status import State, Status
 from atlas.run.summary import outline, summary
 
 CONFIG: dict[str, Any] = {
@@ -28,8 +29,8 @@ LAUNCHER = SimpleNamespace(
 
 def run(state: str | None, **status: Any) -> Any:
     """A run in `state`, as far as a message asks for it."""
-    found = {"step": 600, "steps": 1500, "updated": 0.0, **status}
-    reads = {"judge_state": lambda: state, "read_status": lambda: found}
+    found = Status(**{"step": 600, "steps": 1500, "updated": 0.0, **status})
+    reads = {"judge_state": lambda: state and State(state), "read_status": lambda: found}
     return SimpleNamespace(id="0123456789", path=Path("o/a/0123456789"), **reads)
 
 

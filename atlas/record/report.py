@@ -43,7 +43,8 @@ def draw_as_they_end(runs: Sequence[Run], writer: Writer) -> None:
     while waiting:
         closing = writer.gone()
         for run in list(waiting):
-            if closing or run.judge_state() not in ("queued", "running"):
+            state = run.judge_state()
+            if closing or state is None or state.is_over:
                 draw(run)
                 waiting.remove(run)
         if waiting:
@@ -224,10 +225,9 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 def _title(figure: Figure, run: Run) -> None:
     """Name, id, state and progress; below, the overrides as typed."""
     status, overrides = run.read_status(), _overrides(run)
-    head = f"{status.get('name', run.path.parent.name)} · {run.id}"
+    head = f"{status.name or run.path.parent.name} · {run.id}"
     state = run.judge_state() or "no status"
-    steps = status.get("steps")
-    at = f" at {status.get('step', 0):,} of {steps:,} updates" if isinstance(steps, int) else ""
+    at = f" at {status.step:,} of {status.steps:,} updates" if status.steps is not None else ""
     lines = textwrap.wrap(masked(" ".join(overrides)) or "(defaults)", 110)
     if len(lines) > 3:
         lines = [*lines[:2], lines[2][:106] + " …"]

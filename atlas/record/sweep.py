@@ -11,6 +11,7 @@ from typing import Any
 from atlas.record import journal
 from atlas.run.directory import Run
 from atlas.run.identity import identity
+from atlas.run.status import State
 from atlas.system.files import digest_of_json, guarded, write_json
 
 FOLDER = "sweeps"
@@ -70,9 +71,8 @@ class Sweep:
         """Return how many runs are in each state."""
         counted: dict[str, int] = {}
         for run, _ in self.runs():
-            counted[run.judge_state() or "unknown"] = (
-                counted.get(run.judge_state() or "unknown", 0) + 1
-            )
+            state = str(run.judge_state() or "unknown")
+            counted[state] = counted.get(state, 0) + 1
         return counted
 
     def scores(self) -> dict[str, float]:
@@ -84,25 +84,22 @@ class Sweep:
         """Return all runs sorted by the objective, then every failure with its error and its logs."""
         rows, failures = [], []
         for run, swept in self.runs():
-            state, status, value = (
-                run.judge_state() or "unknown",
-                run.read_status(),
-                score(run, self.objective),
-            )
+            state, status = run.judge_state(), run.read_status()
+            value = score(run, self.objective)
             rows.append((value is None, value or 0.0, run.id, state, status, swept))
-            if state == "failed":
-                failures.append(f"{run.id} failed: {status.get('reason')}\n  logs {run.logs}")
+            if state is State.FAILED:
+                failures.append(f"{run.id} failed: {status.reason}\n  logs {run.logs}")
         rows.sort(key=lambda row: row[:3])
         lines = [f"{self.objective:>12}  {'state':<10} {'step':>8}  {'run':<12} overrides"]
         for missing, value, name, state, status, swept in rows:
             shown = "-" if missing else f"{value:.6g}"
-            step = status.get("step", 0)
-            lines.append(f"{shown:>12}  {state:<10} {step:>8}  {name:<12} {' '.join(swept)}")
+            said = str(state or "unknown")
+            lines.append(f"{shown:>12}  {said:<10} {status.step:>8}  {name:<12} {' '.join(swept)}")
         return "\n".join([*lines, *failures, *self._unknown_objective()])
 
     def _unknown_objective(self) -> list[str]:
         """Return a line if runs have recorded metrics, but none of them the objective."""
-        recorded = {key for run, _ in self.runs() for key in run.read_status().get("last") or ()}
+        recorded = {key for run, _ in self.runs() for key in run.read_status().last}
         if not recorded or self.scores():
             return []
         return [
@@ -117,7 +114,7 @@ def score(run: Run, objective: str) -> float | None:
     A smaller result is always better: `objective=-metric` names a metric of which more is better,
     and its score is the negative of the value.
     """
-    best = run.read_status().get("best")
+    best = run.read_status().best
     if best and best["metric"] == objective:
         return float(best["value"])
     sign, metric = (-1.0, objective[1:]) if objective.startswith("-") else (1.0, objective)

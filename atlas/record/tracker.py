@@ -17,6 +17,7 @@ from atlas.record import journal
 from atlas.record.shipping.shipper import open_shipper
 from atlas.run.directory import Run
 from atlas.run.lock import Lock
+from atlas.run.status import State
 from atlas.system.files import write_text
 
 STATUS_S = 5.0
@@ -33,7 +34,7 @@ class Tracker(abc.ABC):
     tracker.flush()                            # before a checkpoint of `step`
     tracker.update_status(step=step, best=best)
     print(tracker.warning())
-    print(tracker.close("finished", None))
+    print(tracker.close(State.FINISHED, None))
     """
 
     @abc.abstractmethod
@@ -61,7 +62,7 @@ class Tracker(abc.ABC):
         """Return what is wrong with the tracking server, once for every new problem."""
 
     @abc.abstractmethod
-    def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
+    def close(self, state: State, reason: str | None, **changes: Any) -> str | None:
         """Record how the run ended, as the last call; return what could not be sent, or None."""
 
 
@@ -87,7 +88,7 @@ class NullTracker(Tracker):
         """Return None."""
         return None
 
-    def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
+    def close(self, state: State, reason: str | None, **changes: Any) -> str | None:
         """Return None."""
         return None
 
@@ -158,7 +159,7 @@ class RunTracker(Tracker):
         is_new, self._warned = warning != self._warned, warning
         return warning if is_new else None
 
-    def close(self, state: str, reason: str | None, **changes: Any) -> str | None:
+    def close(self, state: State, reason: str | None, **changes: Any) -> str | None:
         """Record how the run ended and wait for the shipper; return what it could not send.
 
         The state is on the disk before the shipper is asked to finish: it sends what it finds there.
@@ -168,7 +169,9 @@ class RunTracker(Tracker):
             self.update_status(state=state, reason=reason, **changes)
         finally:
             self._journal.close()
-        missing = self._shipper.finish(self._wait_s if state != "preempted" else PREEMPTED_WAIT_S)
+        missing = self._shipper.finish(
+            self._wait_s if state is not State.PREEMPTED else PREEMPTED_WAIT_S
+        )
         self._run.update_status()  # with the id of the MLflow run, which the shipper has noted
         return missing
 

@@ -21,10 +21,9 @@ from atlas.errors import AtlasError, RunBusyError
 from atlas.run.code_version import code_state
 from atlas.run.identity import identity, run_id
 from atlas.run.lock import Lock
+from atlas.run.status import State, Status
 from atlas.system.files import guarded, write_json, write_text
 from atlas.version import ROOT
-
-FINAL = ("finished", "failed", "killed")
 
 
 class Run:
@@ -128,27 +127,35 @@ class Run:
         config = self.read_config()
         return identity(config, config["run"]["world_size"])
 
-    def read_status(self) -> dict[str, Any]:
-        """`status.json` as it was last written; empty before that, and where a crash emptied it."""
+    def read_status(self) -> Status:
+        """Return a snapshot of `status.json`; `Status()` if it is missing or a crash emptied it."""
+        stored = self._stored_status()
+        try:
+            return Status.parse(stored)
+        except ValueError as error:
+            raise AtlasError(
+                f"{self.status_file}: {error}; a newer Atlas may have written it"
+            ) from error
+
+    def judge_state(self) -> State | None:
+        """Return the state as judged now: `running` without a live lock holder means killed."""
+        recorded = self.read_status().state
+        if recorded is State.RUNNING and self.lock.live_holder() is None:
+            return State.KILLED
+        return recorded
+
+    def update_status(self, **changes: Any) -> None:
+        """Replace `status.json` atomically by itself with `changes`; see the verbs in `atlas.run.status`."""
+        status = {**self._stored_status(), **changes, "updated": round(time.time(), 3)}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or torn
+            status["mlflow_run_id"] = json.loads(self.mlflow_file.read_text()).get("run_id")
+        write_json(self.status_file, status)
+
+    def _stored_status(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self.status_file.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
             return {}
-
-    def judge_state(self) -> str | None:
-        """The state as judged now: a run that says it is running but has no live holder is not."""
-        recorded = self.read_status().get("state")
-        if recorded == "running" and self.lock.live_holder() is None:
-            return "killed"
-        return recorded
-
-    def update_status(self, **changes: Any) -> dict[str, Any]:
-        """Replace `status.json` by itself with `changes`, atomically."""
-        status = {**self.read_status(), **changes, "updated": round(time.time(), 3)}
-        with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or torn
-            status["mlflow_run_id"] = json.loads(self.mlflow_file.read_text()).get("run_id")
-        write_json(self.status_file, status)
-        return status
 
     @classmethod
     def plan(cls, config: Mapping[str, Any], world_size: int) -> Run:
@@ -182,7 +189,7 @@ class Run:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             write_text(self.config_file, self._frozen(config, world_size, command))
-            if not self.read_status():
+            if not self._stored_status():
                 self.update_status(**self._first_status(config, world_size, command))
 
     def refuse_if_live(self) -> None:
@@ -228,7 +235,7 @@ class Run:
         return {
             "id": self.id,
             "name": config["name"],
-            "state": "queued",
+            "state": State.QUEUED,
             "reason": None,
             "step": 0,
             "steps": config["trainer"]["steps"],

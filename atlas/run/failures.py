@@ -14,6 +14,7 @@ from typing import Any
 
 from atlas.errors import AtlasError, ConfigError, NonFiniteError
 from atlas.run.directory import Run
+from atlas.run.status import State
 from atlas.system.files import create_text
 
 # What can end a run, as `kind` in `logs/failure.json` and the first words of the status's reason.
@@ -44,11 +45,11 @@ def kind(error: BaseException) -> str:
     return MEMORY if OUT_OF_MEMORY.search(str(error)) else CRASH
 
 
-def failure(error: BaseException) -> tuple[str, str]:
+def failure(error: BaseException) -> tuple[State, str]:
     """The state that `error` leaves a run in, and the reason in words."""
     if isinstance(error, KeyboardInterrupt):
-        return "killed", "left at once by a second Ctrl-C; the last checkpoint stands"
-    return "failed", f"{kind(error)}: {type(error).__name__}: {message(error)}"
+        return State.KILLED, "left at once by a second Ctrl-C; the last checkpoint stands"
+    return State.FAILED, f"{kind(error)}: {type(error).__name__}: {message(error)}"
 
 
 def may_retry(kind: str, advanced: bool) -> bool:
@@ -106,8 +107,8 @@ def record_end(run: Run, rank: int, code: int) -> dict[str, Any]:
     entry = {
         "kind": what,
         "rank": rank,
-        "step": run.read_status().get("step"),
-        "state": "failed",
+        "step": run.read_status().step,
+        "state": State.FAILED,
         "reason": f"{what}: {text}",
         "message": text,
         "traceback": "",

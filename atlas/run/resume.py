@@ -12,6 +12,7 @@ from atlas.errors import AtlasError, ConfigError
 from atlas.run import trust
 from atlas.run.directory import Command, Run
 from atlas.run.identity import effective_batch, identity, is_excluded
+from atlas.run.status import State
 
 # Typed beside `resume=` these say where the run is and how to go on, not what it is.
 LOCATORS = ("resume", "outputs", "name")
@@ -88,7 +89,7 @@ def announce(run: Run, config: Mapping[str, Any], world_size: int, command: Comm
     if not run.exists():
         for other in cut_otherwise(run, config, world_size):
             print(
-                f"note: run {other.id} ({other.judge_state()}, step {other.read_status().get('step', 0)}) differs "
+                f"note: run {other.id} ({other.judge_state()}, step {other.read_status().step}) differs "
                 f"only in its effective batch; to go on with it here: "
                 f"python train.py resume={other.id}"
             )
@@ -96,15 +97,15 @@ def announce(run: Run, config: Mapping[str, Any], world_size: int, command: Comm
     if config["fresh"]:
         return
     status = run.read_status()
-    if status.get("step"):
+    if status.step:
         print(
-            f"run {run.id} is there ({run.judge_state()} at step {status['step']}); going on with it"
+            f"run {run.id} is there ({run.judge_state()} at step {status.step}); going on with it"
         )
-    made_by = (status.get("git") or {}).get("digest")
+    made_by = (status.git or {}).get("digest")
     if made_by and made_by != command.code["digest"]:
         print(
             "note: the code is not the code that made this run "
-            f"({describe_code(status['git'])} then, {describe_code(command.code)} now); "
+            f"({describe_code(status.git or {})} then, {describe_code(command.code)} now); "
             "to start over with the code as it is now, add fresh=true"
         )
 
@@ -116,7 +117,7 @@ def cut_otherwise(run: Run, config: Mapping[str, Any], world_size: int) -> list[
     found = []
     for path in sorted(run.path.parent.glob("*/config.yaml")):
         other = Run(path.parent)
-        if ".old-" in other.id or other.judge_state() in ("finished", None):
+        if ".old-" in other.id or other.judge_state() in (State.FINISHED, None):
             continue
         try:
             theirs = flatten(other.read_identity())

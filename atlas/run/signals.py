@@ -11,15 +11,17 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+from atlas.run.status import State
+
 T = TypeVar("T")
 LONGEST_S = 1e9  # of a timer of the operating system; 30 years
 
 # What a stop means, by signal: the state that the run is left in, and the words for it.
 STATES = {
-    signal.SIGUSR2: ("preempted", "preempted (SIGUSR2)"),
-    signal.SIGTERM: ("killed", "stopped by SIGTERM"),
-    signal.SIGINT: ("killed", "stopped by Ctrl-C"),
-    signal.SIGHUP: ("killed", "stopped by SIGHUP: the terminal was closed"),
+    signal.SIGUSR2: (State.PREEMPTED, "preempted (SIGUSR2)"),
+    signal.SIGTERM: (State.KILLED, "stopped by SIGTERM"),
+    signal.SIGINT: (State.KILLED, "stopped by Ctrl-C"),
+    signal.SIGHUP: (State.KILLED, "stopped by SIGHUP: the terminal was closed"),
 }
 ASKED = tuple(STATES)
 # The order in which ranks that saw different signals agree; see `atlas.training.ranks.agreement`.

@@ -7,6 +7,7 @@ from typing import Any
 
 from atlas.run.directory import Run, when
 from atlas.run.identity import effective_batch
+from atlas.run.status import State
 from atlas.schedule import LearningRate, scaling
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -18,20 +19,19 @@ def summary(run: Run) -> str:
     status = run.read_status()
     state = run.judge_state()
     done = f"run {run.id} is {state}"
-    if status.get("reason"):
-        done += f" ({status['reason']})"
-    lines = [f"{done}: step {status['step']} of {status['steps']}, {when(status['updated'])}"]
-    if status.get("best"):
-        best = status["best"]
+    if status.reason:
+        done += f" ({status.reason})"
+    lines = [f"{done}: step {status.step} of {status.steps}, {when(status.updated or 0.0)}"]
+    if best := status.best:
         lines.append(f"  best {best['metric']} {best['value']:.6g} at step {best['step']}")
-    last = {k: v for k, v in status.get("last", {}).items() if k.startswith("val/")}
+    last = {k: v for k, v in status.last.items() if k.startswith("val/")}
     last.pop("val/time_s", None)
     if last:
         lines.append("  last " + "  ".join(f"{key} {value:.4g}" for key, value in last.items()))
     lines.append(f"  results {run.path}")
-    if state == "finished":
+    if state is State.FINISHED:
         lines.append("  the same command with fresh=true starts over and keeps what is there")
-    elif state in ("killed", "preempted"):
+    elif state and state.is_stopped:
         lines.append(
             f"  the same command goes on from here, and so does: python train.py resume={run.id}"
         )
@@ -48,7 +48,7 @@ def outline(run: Run, config: Mapping[str, Any], launcher: Any) -> str:
     factor = scaling(optim["scale_lr"], batch, optim["base_batch_size"])
     state = run.judge_state()
     rows = {
-        "run": run.id + (f" ({state}, step {run.read_status()['step']})" if state else " (new)"),
+        "run": run.id + (f" ({state}, step {run.read_status().step})" if state else " (new)"),
         "directory": str(run.path),
         "launcher": f"{launcher.name}: {launcher.nodes} node(s) x {launcher.nproc_per_node} rank(s), "
         f"device {config['cluster']['device']}",

@@ -13,6 +13,7 @@ from typing import Any
 from atlas.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
 from atlas.record.tracker import Tracker
 from atlas.run.signals import CODES, STATES, Stop
+from atlas.run.status import State
 from atlas.system.progress import Lines
 from atlas.training.feeding.prefetch import ReadAhead
 from atlas.training.feeding.randomness import StepSeeds
@@ -46,7 +47,7 @@ class TrainState:
 class Outcome:
     """How `fit` ended: the state of the run, why, and the exit code."""
 
-    state: str
+    state: State
     reason: str | None
     code: int
 
@@ -108,7 +109,7 @@ class Trainer:
                 self.train_step(self.state.step, batches)
                 self.state.step += 1
                 ended = self._between_steps(self.agreement.read())
-        return ended or Outcome("finished", None, EXIT_DONE)
+        return ended or Outcome(State.FINISHED, None, EXIT_DONE)
 
     def train_step(self, step: int, batches: Iterator[Any]) -> None:
         """Update number `step`, from 0: each micro-batch forward and backward, then the update."""
@@ -280,11 +281,13 @@ class Trainer:
             return Outcome(state, reason, EXIT_STOPPED)
         if requests.time_up:
             return Outcome(
-                "killed", f"trainer.max_time={self.settings['max_time']} min is over", EXIT_STOPPED
+                State.KILLED,
+                f"trainer.max_time={self.settings['max_time']} min is over",
+                EXIT_STOPPED,
             )
         if patience and self.state.worse >= patience:
             reason = f"early stop: {patience} validations without improvement"
-            return Outcome("finished", reason, EXIT_DONE)
+            return Outcome(State.FINISHED, reason, EXIT_DONE)
         return None
 
     def _judge(self, loss: float) -> bool:

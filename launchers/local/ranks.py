@@ -18,6 +18,7 @@ from atlas.record.shipping.shipper import FLEET
 from atlas.run.directory import Run
 from atlas.run.failures import record_end
 from atlas.run.signals import ASKED
+from atlas.run.status import State, end_if_running
 from atlas.system.processes import die_with_parent
 from atlas.system.terminal import outlive
 
@@ -118,8 +119,7 @@ class Ranks:
             failure = record_end(
                 self.run, *next((r, c) for r, c in enumerate(codes) if c not in (None, 0, 75))
             )
-        if self.run.read_status().get("state") == "running":
-            self.run.update_status(state=failure["state"], reason=failure["reason"])
+        end_if_running(self.run, State(failure["state"]), failure["reason"])
 
 
 def free_port() -> int:
@@ -138,7 +138,7 @@ def failure_text(run: Run) -> str:
             run.refuse_if_live()  # another process had the lock before ours
         except RunBusyError as error:
             return f"error: {error}"
-        return f"error: {run.read_status().get('reason')}\nits logs are in {run.logs}"
+        return f"error: {run.read_status().reason}\nits logs are in {run.logs}"
     if not failure["traceback"]:
         return f"error: {failure['message']}"
     log = run.logs / f"rank{failure['rank']}.log"

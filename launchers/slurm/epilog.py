@@ -21,6 +21,7 @@ from atlas.errors import AtlasError
 from atlas.run.directory import Run
 from atlas.run.failures import CRASH, MEMORY, PREEMPTED, may_retry, summary
 from atlas.run.lock import job_id
+from atlas.run.status import State, end, requeue, undo_requeue
 from atlas.system.files import guarded, write_json
 from launchers.slurm.queue import QUERY_S, job_state, sentence
 
@@ -63,7 +64,7 @@ def main(folder: Path) -> None:
         return
     run = Run(note["run"])
     with guarded(run.path.parent):
-        if run.read_status().get("job_id") != job or note["attempt"] > attempt():
+        if run.read_status().job_id != job or note["attempt"] > attempt():
             return  # sent again, or requeued from a node that was lost: no longer ours to judge
         failure = judge(run, folder / f"{job}_0_log.out")
         if failure is None:
@@ -74,18 +75,18 @@ def main(folder: Path) -> None:
             go_on(run, failure)
             return
         write_json(run.failure_file, failure)
-        run.update_status(state=failure["state"], reason=in_words(failure))
+        end(run, State(failure["state"]), in_words(failure))
     tell_mlflow(run)
     print(summary(failure), flush=True)
 
 
 def judge(run: Run, log: Path) -> dict[str, Any] | None:
     """Why the ranks have failed; None where the run has come to a good end, or was stopped, before."""
-    state = run.read_status().get("state")
-    if state == "preempted":  # and saved; it was for rank 0 to requeue the job
+    state = run.read_status().state
+    if state is State.PREEMPTED:  # and saved; it was for rank 0 to requeue the job
         words = "rank 0 ended before it had requeued the job"
         return None if _is_requeued() else _record(run, PREEMPTED, words, None)
-    return None if state in ("finished", "killed") else first_failure(run, log)
+    return None if state in (State.FINISHED, State.KILLED) else first_failure(run, log)
 
 
 def first_failure(run: Run, log: Path) -> dict[str, Any]:
@@ -112,14 +113,12 @@ def in_words(failure: Mapping[str, Any]) -> str:
 
 def go_on(run: Run, failure: Mapping[str, Any]) -> None:
     """Requeue this job, which ends it here."""
-    run.failure_file.unlink(missing_ok=True)  # it is the next attempt's
-    restarts = int(run.read_status().get("restarts", 0))
     told = f"{in_words(failure)}; {run.newest_step()} updates are saved, so the job is back in the queue"
-    run.update_status(state="queued", reason=told, restarts=restarts + 1)
+    requeue(run, told)
     print(told, flush=True)
     if refused := _requeue():
         told = f"{in_words(failure)}; scontrol requeue failed ({refused}), the same command goes on"
-        run.update_status(state="failed", reason=told, restarts=restarts)
+        undo_requeue(run, told)
         print(told, flush=True)
 
 
@@ -149,12 +148,12 @@ def _record(run: Run, kind: str, words: str, told: Mapping[str, Any] | None) -> 
         "kind": kind,
         "rank": int(found[2]) if found else None,
         "host": found[1] if found else "unknown",
-        "step": told["step"] if told else run.read_status().get("step"),
-        "state": "failed",
+        "step": told["step"] if told else run.read_status().step,
+        "state": State.FAILED,
         "reason": f"{kind}: {words}",
         "message": words,
         "traceback": "",
-        "time": told["time"] if told else run.read_status().get("updated"),
+        "time": told["time"] if told else run.read_status().updated,
     }
 
 

@@ -25,7 +25,9 @@ from atlas.errors import (
     RunBusyError,
     nearest,
 )
+from atlas.run import status
 from atlas.run.directory import Run
+from atlas.run.status import State
 from atlas.run.summary import summary
 from atlas.system.files import guarded
 from atlas.version import ROOT
@@ -91,7 +93,11 @@ GPU_REQUESTS = (
     "gpus-per-socket",
     "tres-per-task",
 )
-CODES = {"finished": EXIT_DONE, "preempted": EXIT_STOPPED, "killed": EXIT_STOPPED}
+CODES: dict[State | None, int] = {
+    State.FINISHED: EXIT_DONE,
+    State.PREEMPTED: EXIT_STOPPED,
+    State.KILLED: EXIT_STOPPED,
+}
 POLL_S = 2.0
 
 
@@ -180,7 +186,7 @@ class SlurmLauncher(Launcher):
             folder = _submission_folder(runs)
             jobs = self._sbatch(runs, folder)
             for run, job in zip(runs, jobs, strict=True):
-                _mark_queued(run, job)
+                status.queue(run, "slurm", job)
                 epilog.note_attempt(run, folder, job, attempt=0)
         return [SlurmHandle(run, job, folder, jobs) for run, job in zip(runs, jobs, strict=True)]
 
@@ -277,7 +283,7 @@ class SlurmLauncher(Launcher):
 
     def _refuse_queued(self, runs: Sequence[Run]) -> None:
         """Raise `RunBusyError` for runs that have a job in the queue."""
-        ids = [str(run.read_status()["job_id"]) for run in runs if _is_slurms(run)]
+        ids = [str(run.read_status().job_id) for run in runs if _is_slurms(run)]
         if not ids:
             return
         jobs = queue(["-j", ",".join(ids)])
@@ -285,8 +291,8 @@ class SlurmLauncher(Launcher):
         if busy:
             raise RunBusyError(
                 "\n".join(
-                    f"run {run.id} is job {run.read_status()['job_id']} on Slurm already ({state}); "
-                    f"scancel {run.read_status()['job_id']} stops it and keeps what it has reached"
+                    f"run {run.id} is job {run.read_status().job_id} on Slurm already ({state}); "
+                    f"scancel {run.read_status().job_id} stops it and keeps what it has reached"
                     for run, state in busy
                 )
             )
@@ -353,9 +359,9 @@ class SlurmHandle(Handle):
             now = job_state(self.job_id)
         except AtlasError:  # a controller that is away for a while
             return None
-        state = str(self.run.read_status().get("state"))  # read last: it can have ended in between
+        state = self.run.read_status().state  # read last: it can have ended in between
         over = now is None or now in ENDED
-        if state in ("finished", "failed") and (over or now == "COMPLETING"):
+        if state in (State.FINISHED, State.FAILED) and (over or now == "COMPLETING"):
             return CODES.get(state, EXIT_FAILED)
         # Seen twice: a job that its node has lost is over for a moment before it is requeued.
         self._sightings = self._sightings + 1 if over else 0
@@ -369,7 +375,7 @@ class SlurmHandle(Handle):
 
 def _is_slurms(run: Run) -> bool:
     status = run.read_status()
-    return status.get("launcher") == "slurm" and bool(status.get("job_id"))
+    return status.launcher == "slurm" and bool(status.job_id)
 
 
 def _job_of(run: Run, jobs: Mapping[str, tuple[str, str]]) -> str | None:
@@ -377,28 +383,14 @@ def _job_of(run: Run, jobs: Mapping[str, tuple[str, str]]) -> str | None:
     if not _is_slurms(run):
         return None
     status = run.read_status()
-    state, script = jobs.get(str(status["job_id"]), ("", ""))
-    if not state or state in ENDED or status["state"] in ("finished", "failed"):
+    state, script = jobs.get(str(status.job_id), ("", ""))
+    if not state or state in ENDED or status.state in (State.FINISHED, State.FAILED):
         return None
-    if state == "COMPLETING" and status["state"] == "killed":
+    if state == "COMPLETING" and status.state is State.KILLED:
         return None
     # Job ids start again when a controller is set up anew: another job can have this one now.
     latest = run.path / "slurm" / str(_next_number(run.path / "slurm") - 1)
     return state if Path(script).parent.resolve() == latest.resolve() else None
-
-
-def _mark_queued(run: Run, job_id: str) -> None:
-    before = run.read_status()
-    again = before.get("state") not in (None, "queued")
-    run.failure_file.unlink(missing_ok=True)  # of an earlier job
-    run.update_status(
-        state="queued",
-        reason=None,
-        launcher="slurm",
-        job_id=job_id,
-        pid=None,
-        restarts=int(before.get("restarts", 0)) + again,
-    )
 
 
 def _submission_folder(runs: Sequence[Run]) -> Path:

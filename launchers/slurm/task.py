@@ -12,6 +12,7 @@ from atlas import worker
 from atlas.errors import EXIT_DONE, EXIT_STOPPED
 from atlas.run.directory import Run
 from atlas.run.lock import job_id
+from atlas.run.status import State, stop
 from launchers.slurm import epilog
 from launchers.slurm.queue import first_host, is_preempted, output, seconds
 
@@ -56,11 +57,11 @@ class Task:
 
 def settle(run: Run, handler: Any) -> None:
     """Rank 0's last act in a job that was asked to stop: requeue it where that was a preemption."""
-    state = run.read_status().get("state")
-    if state == "preempted" or (state == "killed" and is_preempted()):
+    state = run.read_status().state
+    if state is State.PREEMPTED or (state is State.KILLED and is_preempted()):
         told = requeue(handler, is_out_of_time(run))
         print(told, flush=True)
-        run.update_status(state="preempted", reason=told)
+        stop(run, told)
 
 
 def requeue(handler: Any, timed_out: bool) -> str:

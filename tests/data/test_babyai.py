@@ -169,7 +169,7 @@ def test_a_run_is_evaluated_beside_what_learns_nothing(tmp_path: Path) -> None:
         "schedule.warmup=0",
     )
     run = Run(only_run(tmp_path))
-    last = run.read_status()["last"]
+    last = run.read_status().last
     assert {"val/accuracy", "val/success", "val/l1_vs_mean_action"} <= last.keys()
     found = evaluate(run, "cpu")
     assert found["accuracy"]["mean"] == pytest.approx(last["val/accuracy"], abs=1e-6)

@@ -12,6 +12,7 @@ from commands import only_run, quick, status, train, unnamed
 
 from atlas.errors import AtlasError, BadSampleError, ConfigError, NonFiniteError
 from atlas.run import failures as reasons
+from atlas.run.status import Status
 
 WORKER = """Caught BadSampleError in DataLoader worker process 1.
 Original Traceback (most recent call last):
@@ -78,7 +79,9 @@ def test_a_data_workers_error_is_told_without_its_traceback():
     ],
 )
 def test_a_rank_that_said_nothing(tmp_path, code, kind, name):
-    run = SimpleNamespace(failure_file=tmp_path / "failure.json", read_status=lambda: {"step": 4})
+    run = SimpleNamespace(
+        failure_file=tmp_path / "failure.json", read_status=lambda: Status(step=4)
+    )
     reasons.record_end(run, 2, code)
     told = json.loads(run.failure_file.read_text())
     assert (told["kind"], told["state"], told["rank"], told["step"]) == (kind, "failed", 2, 4)

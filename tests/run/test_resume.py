@@ -25,6 +25,7 @@ from atlas.cli import main
 from atlas.run.directory import Run
 from atlas.run.resume import cut_otherwise
 from atlas.run.signals import Stop
+from atlas.run.status import Status
 
 WORKERS = ("data.workers=0", "data.workers=2")
 
@@ -224,7 +225,7 @@ def test_a_crash_that_emptied_a_runs_files(tmp_path, capsys, text):
     run.path.mkdir(parents=True)
     run.status_file.write_text(text)
     run.config_file.write_text(text)
-    assert run.read_status() == {} and run.judge_state() is None
+    assert run.read_status() == Status() and run.judge_state() is None
     assert main(["sync", str(run.path)]) == 1
     assert str(run.config_file) in capsys.readouterr().err
     run.update_status(state="killed")

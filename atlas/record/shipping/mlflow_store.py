@@ -22,11 +22,12 @@ from atlas.record.shipping.cursor import Cursor, masked, points
 from atlas.record.shipping.tags import marks, run_name, tags
 from atlas.record.sweep import FOLDER, Sweep
 from atlas.run.directory import Run, when
+from atlas.run.status import State, Status
 from atlas.system.files import atomic_path, guarded, locked
 
 PARENT = "mlflow.parentRunId"  # what MLflow's own pages nest runs by
 SWEEP = "atlas.sweep_id"
-ENDED = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+ENDED = {State.FINISHED: "FINISHED", State.FAILED: "FAILED", State.KILLED: "KILLED"}
 
 
 class Store:
@@ -97,7 +98,7 @@ class Store:
         status, state = run.read_status(), run.judge_state()
         self._set_tags(tags(run, config, status))  # all: some are known only since the run started
         if state in ENDED:
-            end = max(float(status.get("updated") or 0), _last_written(run))
+            end = max((status.updated or 0.0), _last_written(run))
             self._client.set_terminated(self._id, ENDED[state], end_time=int(end * 1000))
         if sweep := sweep_of(run, config):
             found = self._client.get_run(self._id)
@@ -164,17 +165,17 @@ class Store:
             return None
         return _active(found)
 
-    def _found_or_created(self, config: Mapping[str, Any], status: Mapping[str, Any]) -> MlflowRun:
+    def _found_or_created(self, config: Mapping[str, Any], status: Status) -> MlflowRun:
         experiment = self._experiment(str(config["name"]))
         return self._tagged(experiment, config, status) or self._client.create_run(
             experiment,
-            start_time=int(status.get("created", time.time()) * 1000),
+            start_time=int((status.created or time.time()) * 1000),
             tags=marks(config, status),
             run_name=run_name(config),
         )
 
     def _tagged(
-        self, experiment: str, config: Mapping[str, Any], status: Mapping[str, Any]
+        self, experiment: str, config: Mapping[str, Any], status: Status
     ) -> MlflowRun | None:
         """The MLflow run of a shipper that was killed before it had written mlflow.json.
 

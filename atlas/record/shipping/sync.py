@@ -30,6 +30,7 @@ from atlas.record.shipping.mlflow_store import (
 )
 from atlas.record.shipping.writer import Writer
 from atlas.run.directory import Run
+from atlas.run.status import State
 from atlas.system.files import guarded, try_lock
 
 BATCH = 1000  # MLflow's limit of metrics in a request
@@ -139,7 +140,7 @@ class Shipping:
             over = writer is None or writer.gone()
             if over and not ended:
                 ended, self._progress = True, time.monotonic()
-            self._live = not over or self.run.judge_state() == "running"
+            self._live = not over or self.run.judge_state() is State.RUNNING
             done = self._turn(over, writer)
             if over and (done or self._hopeless()):
                 break
@@ -151,9 +152,9 @@ class Shipping:
     def look(self, closing: bool, writer: Writer) -> Shipped | None:
         """One turn of many, among other runs; what was done once the run has ended and is sent."""
         state = self.run.judge_state()
-        over = closing or state not in ("queued", "running")
-        self._live = state == "running"
-        if state == "queued" and not closing:
+        over = closing or state is None or state.is_over
+        self._live = state is State.RUNNING
+        if state is State.QUEUED and not closing:
             return None
         done = self._turn(over, writer)
         if over and (done or self._hopeless()):
@@ -293,10 +294,10 @@ class Shipping:
 
 def note_run_id(run: Run, cursor: Cursor) -> None:
     """Put the MLflow run's id into the status, which is ours to write once nobody else does."""
-    if run.lock.live_holder() or run.read_status().get("mlflow_run_id") == cursor.run_id:
+    if run.lock.live_holder() or run.read_status().mlflow_run_id == cursor.run_id:
         return
     with guarded(run.path.parent):  # nobody takes the lock between the question and the writing
-        if run.read_status() and run.lock.live_holder() is None:
+        if run.read_status().state and run.lock.live_holder() is None:
             run.update_status()
 
 

@@ -13,6 +13,7 @@ from atlas.config.dotted import flatten
 from atlas.record.shipping.cursor import masked
 from atlas.run.directory import Run
 from atlas.run.identity import is_excluded
+from atlas.run.status import State, Status
 from atlas.version import __version__
 
 
@@ -26,25 +27,25 @@ def run_name(config: Mapping[str, Any]) -> str:
     return masked(" ".join([str(config["run"]["id"]), *short]))[:200]
 
 
-def tags(run: Run, config: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str]:
+def tags(run: Run, config: Mapping[str, Any], status: Status) -> dict[str, str]:
     """Everything about a run that its id does not hash."""
     head = config["run"]
-    code = status.get("git") or head.get("code") or {}
+    code = status.git or head.get("code") or {}
     said = {
         **marks(config, status),
         "atlas.directory": run.path,
         "atlas.commit": code.get("commit"),
         "atlas.clean": code.get("clean"),
         "atlas.digest": code.get("digest"),
-        "atlas.host": status.get("host"),
-        "atlas.launcher": status.get("launcher"),
-        "atlas.job_id": status.get("job_id"),
-        "atlas.world_size": status.get("world_size"),
-        "atlas.restarts": status.get("restarts"),
-        "atlas.command": status.get("command"),
+        "atlas.host": status.host,
+        "atlas.launcher": status.launcher,
+        "atlas.job_id": status.job_id,
+        "atlas.world_size": status.world_size,
+        "atlas.restarts": status.restarts,
+        "atlas.command": status.command,
         "atlas.overrides": " ".join(map(str, head["overrides"])),
         **{f"atlas.{name}": version for name, version in _versions().items()},
-        "mlflow.source.name": status.get("command"),
+        "mlflow.source.name": status.command,
         "mlflow.source.type": "LOCAL",
         "mlflow.user": _user(),
         "mlflow.source.git.commit": code.get("commit"),
@@ -55,7 +56,7 @@ def tags(run: Run, config: Mapping[str, Any], status: Mapping[str, Any]) -> dict
     return {**known, **_state_tags(run.judge_state(), status)}
 
 
-def marks(config: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str]:
+def marks(config: Mapping[str, Any], status: Status) -> dict[str, str]:
     """What finds the MLflow run again.
 
     The id alone would find a colleague's run of the same command on the same server, and an older
@@ -63,12 +64,12 @@ def marks(config: Mapping[str, Any], status: Mapping[str, Any]) -> dict[str, str
     """
     return {
         "atlas.run_id": str(config["run"]["id"]),
-        "atlas.created": str(status.get("created")),
+        "atlas.created": str(status.created),
     }
 
 
-def _state_tags(state: str | None, status: Mapping[str, Any]) -> dict[str, str]:
-    return {"atlas.state": str(state), "atlas.reason": str(status.get("reason") or "")}
+def _state_tags(state: State | None, status: Status) -> dict[str, str]:
+    return {"atlas.state": str(state), "atlas.reason": str(status.reason or "")}
 
 
 def _excluded(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -301,8 +301,7 @@ def test_a_failing_rank_is_told_once(tmp_path):
     run = Run(only_run(tmp_path))
     assert status(run.path)["state"] == "failed" and run.read_failure()["kind"] == "NaN"
     assert (
-        unnamed(run.read_status()["reason"], "NaN", "NonFiniteError", run.read_failure()["step"])
-        == []
+        unnamed(run.read_status().reason, "NaN", "NonFiniteError", run.read_failure()["step"]) == []
     )
     assert done.stderr.count(run.read_failure()["message"]) == 1, done.stderr
     assert "Traceback" not in done.stderr

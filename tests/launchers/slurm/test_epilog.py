@@ -82,11 +82,11 @@ def test_what_becomes_of_the_run(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run = failed_job(tmp_path, state, saved, failure, attempt, log)
     epilog.main(run.path)
-    assert run.read_status()["state"] == left
-    assert (run.read_status()["reason"] is None) == (named is None)
-    assert unnamed(run.read_status()["reason"] or "", *(named or ())) == []
+    assert run.read_status().state == left
+    assert (run.read_status().reason is None) == (named is None)
+    assert unnamed(run.read_status().reason or "", *(named or ())) == []
     assert slurm.exists() == requeued
-    assert run.read_status()["restarts"] == 1 + requeued
+    assert run.read_status().restarts == 1 + requeued
     assert run.failure_file.exists() == (left == "failed" or (not requeued and bool(failure)))
 
 
@@ -95,8 +95,8 @@ def test_a_requeue_that_is_refused(tmp_path, slurm, monkeypatch):
     monkeypatch.setenv("REFUSED", "1")
     run = failed_job(tmp_path, "failed", 8, CRASH, 1, "")
     epilog.main(run.path)
-    assert run.read_status()["state"] == "failed" and run.read_status()["restarts"] == 1
-    assert unnamed(run.read_status()["reason"], "scontrol requeue", CRASH["reason"]) == []
+    assert run.read_status().state == "failed" and run.read_status().restarts == 1
+    assert unnamed(run.read_status().reason, "scontrol requeue", CRASH["reason"]) == []
     assert slurm.read_text().split() == ["requeue", JOB]
 
 
@@ -104,7 +104,7 @@ def test_a_preempted_run_that_rank_0_has_requeued(tmp_path, slurm, monkeypatch):
     monkeypatch.setenv("STATE", "COMPLETING")
     run = failed_job(tmp_path, "preempted", 8, None, 0, KILLED)
     epilog.main(run.path)
-    assert run.read_status()["state"] == "preempted" and not slurm.exists()
+    assert run.read_status().state == "preempted" and not slurm.exists()
 
 
 def test_ranks_that_fail_before_the_submitter_has_told_of_them(
@@ -115,16 +115,16 @@ def test_ranks_that_fail_before_the_submitter_has_told_of_them(
     late = note.rename(tmp_path / "late")
     monkeypatch.setattr(epilog, "NOTE_S", 0)
     epilog.main(run.path)
-    assert run.read_status()["state"] == "queued" and unnamed(capsys.readouterr().out, JOB) == []
+    assert run.read_status().state == "queued" and unnamed(capsys.readouterr().out, JOB) == []
     assert not slurm.exists()
     monkeypatch.setattr(epilog, "NOTE_S", 60)
     Timer(0.3, late.rename, [note]).start()
     epilog.main(run.path)
-    assert run.read_status()["state"] == "failed"
+    assert run.read_status().state == "failed"
 
 
 def test_a_run_that_was_sent_again_is_left_alone(tmp_path, slurm):
     run = failed_job(tmp_path, "failed", 8, CRASH, 0, "")
     run.update_status(state="queued", job_id="8")
     epilog.main(run.path)
-    assert run.read_status()["state"] == "queued" and not slurm.exists()
+    assert run.read_status().state == "queued" and not slurm.exists()

@@ -146,10 +146,7 @@ def test_array_of_six(tmp_path):
     assert field(main.pop(), "ArrayTaskThrottle") == "3"
     assert [handle.wait() for handle in handles] == [0] * 6
     for run, handle in zip(runs, handles, strict=True):
-        assert (
-            run.read_status()["state"] == "finished"
-            and run.read_status()["job_id"] == handle.job_id
-        )
+        assert run.read_status().state == "finished" and run.read_status().job_id == handle.job_id
         assert (run.path / "slurm" / "1" / f"{handle.job_id}_0_log.out").exists()
     ends = {str(weights(run.path)["model"]["encoder.bias"].tolist()) for run in runs}
     assert len(ends) == 6

@@ -172,7 +172,7 @@ def test_everything_about_a_run_is_in_the_store(outputs: Path) -> None:
     found = client.get_run(run_id)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == f"{run.id} seed=1"
-    assert found.info.start_time == int(run.read_status()["created"] * 1000)
+    assert found.info.start_time == int(run.read_status().created * 1000)
     assert found.info.end_time >= found.info.start_time
     assert found.data.params["optim.lr"] == "0.001"
     assert found.data.params["effective_batch"] == "32"
@@ -187,7 +187,7 @@ def test_everything_about_a_run_is_in_the_store(outputs: Path) -> None:
     root = outputs / "mlartifacts" / run_id / "artifacts"
     assert (root / "config.yaml").read_text() == run.config_file.read_text()
     assert (root / "best" / "model.pt").read_bytes() == b"weights"
-    assert run.read_status()["mlflow_run_id"] == run_id
+    assert run.read_status().mlflow_run_id == run_id
 
 
 def test_sending_again_changes_nothing(outputs: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_shipper_outlives_a_killed_writer_and_ends(outputs: Path) -> None:
     assert in_store(run) == in_journal(run)
     client, run_id = store_of(run)
     assert client.get_run(run_id).info.status == "KILLED"
-    assert run.read_status()["mlflow_run_id"] == run_id
+    assert run.read_status().mlflow_run_id == run_id
 
 
 def test_a_run_that_is_over_at_once(outputs: Path) -> None:
