@@ -14,8 +14,6 @@ from launchers.devices import visible_gpus
 class Handle(abc.ABC):
     """A run that was handed to a launcher."""
 
-    launcher_detached = False
-
     def __init__(self, run: Run) -> None:
         self.run = run
 
@@ -36,10 +34,11 @@ class Launcher(abc.ABC):
     """Starts runs; `nodes` x `nproc_per_node` ranks each, a GPU a rank."""
 
     name: str
-    # Whether `submit` leaves the runs to a queue, so that nobody waits for their end.
-    detached: bool = False
-    # Whether the runs are on other machines than this one, whose devices say nothing about them.
-    elsewhere: bool = False
+    is_detached: bool = (
+        False  # whether the runs are left to a queue, and nobody waits for their end
+    )
+    # Whether the runs are on other machines than this one, whose devices say nothing about theirs.
+    is_remote: bool = False
 
     def __init__(
         self, nodes: int, nproc_per_node: int | str, device: str, sharding: str | None = None
@@ -61,7 +60,7 @@ class Launcher(abc.ABC):
     def preflight(self, configs: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
         """Raise `ConfigError` for what would fail after the wait, before anything is created."""
 
-    def is_at_work(self, run: Run) -> bool:
+    def is_active(self, run: Run) -> bool:
         """Whether `run` has been started or queued already and has not ended."""
         return run.lock.live_holder() is not None
 

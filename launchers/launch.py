@@ -92,7 +92,7 @@ def _launch(cfg: DictConfig) -> None:
     for handle in launcher.submit([run]):
         if text := handle.describe():
             print(text, flush=True)
-        code = EXIT_DONE if launcher.detached else handle.wait()
+        code = EXIT_DONE if launcher.is_detached else handle.wait()
         if code != EXIT_DONE:
             raise SystemExit(code)
 
@@ -100,7 +100,7 @@ def _launch(cfg: DictConfig) -> None:
 def launcher_of(config: dict[str, Any]) -> Launcher:
     """The launcher that `cluster` describes, or the one that joins torchrun's ranks."""
     if not torchrun.is_torchrun():
-        launcher: Launcher = instantiate(config["cluster"])
+        launcher: Launcher = instantiate(config["cluster"], _convert_="all")
         return launcher
     torchrun.refuse(config["cluster"]["_target_"], multirun=False)
     cluster = config["cluster"]
@@ -112,7 +112,7 @@ def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
     print(outline(run, config, launcher), flush=True)
     from atlas.training.dry_run.plan import detail
 
-    print(detail(config, launcher.world_size, launcher.elsewhere))
+    print(detail(config, launcher.world_size, launcher.is_remote))
     if script := launcher.script(run, config):
         print(f"\n{script}")
 

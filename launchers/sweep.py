@@ -28,10 +28,11 @@ class Job:
 
 @dataclass
 class Started:
-    """A job with its run; `handle` is None where the run was not started again."""
+    """A job with its run; `handle` is None if the run was not started again."""
 
     job: Job
     run: Run
+    launcher: Launcher
     handle: Handle | None = None
 
 
@@ -43,7 +44,7 @@ def sweep_and_tell(jobs: Sequence[Job], modules: Sequence[str]) -> None:
         started = start(jobs, modules)
         code = EXIT_DONE
         for each in started:
-            if each.handle is not None and not each.handle.launcher_detached:
+            if each.handle is not None and not each.launcher.is_detached:
                 code = max(code, each.handle.wait() or EXIT_DONE)
         sweep = sweep_of(started)
         sweep.write()
@@ -58,7 +59,7 @@ def outcomes(jobs: Sequence[Job], modules: Sequence[str]) -> list[float | Except
 
     with reported():
         started = start(jobs, modules)
-        if any(each.handle and each.handle.launcher_detached for each in started):
+        if any(each.handle and each.launcher.is_detached for each in started):
             raise ConfigError(
                 "cluster.wait=false: a sweeper that chooses by the results of earlier runs has to "
                 "wait for them; add cluster.wait=true"
@@ -88,8 +89,8 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
             if run.path in started:
                 twice += 1  # the same values, or the same written in another way
                 continue
-            started[run.path] = Started(job, run)
-            if run.judge_state() is not State.FINISHED and not launcher.is_at_work(run):
+            started[run.path] = Started(job, run, launcher)
+            if run.judge_state() is not State.FINISHED and not launcher.is_active(run):
                 todo.append(started[run.path])
         launcher.preflight([each.job.config for each in todo])
         sweep = sweep_of(list(started.values()))
@@ -107,7 +108,6 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
         handles = launcher.submit([each.run for each in todo]) if todo else []
         for each, handle in zip(todo, handles, strict=True):
             each.handle = handle
-            handle.launcher_detached = launcher.detached
         for text in dict.fromkeys(handle.describe() for handle in handles):
             if text:
                 print(text, flush=True)

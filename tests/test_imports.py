@@ -120,7 +120,7 @@ def test_a_wrong_command_loads_nothing_heavy(tmp_path):
     [
         ("torch", ("atlas/training/", "atlas/policy/", "atlas/models/", "atlas/data/")),
         ("mlflow", ("atlas/record/shipping/mlflow_store.py",)),
-        ("submitit", ("launchers/slurm/launcher.py", "launchers/slurm/task.py")),
+        ("submitit", ("launchers/slurm/sbatch.py", "launchers/slurm/task.py")),
         ("transformers", ("atlas/models/",)),
         ("pyarrow", ("atlas/data/lerobot/",)),
         ("av", ("atlas/data/lerobot/",)),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from atlas.errors import AtlasError
 
@@ -25,6 +26,13 @@ INHERITED_NAMES = (
 QUERY_S = 60.0  # how long a query to the controller may take
 
 
+class QueuedJob(NamedTuple):
+    """A job that Slurm knows: its state, such as PENDING, and the path of its batch script."""
+
+    state: str
+    script: str
+
+
 def job_state(job_id: str) -> str | None:
     """Slurm's word for a job that is queued, running or has just ended, such as PENDING.
 
@@ -32,11 +40,11 @@ def job_state(job_id: str) -> str | None:
     needs no accounting; raises `AtlasError` where the controller cannot be asked.
     """
     found = queue(["-j", str(job_id)]).get(str(job_id))
-    return found[0] if found else None
+    return found.state if found else None
 
 
-def queue(selection: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """State and script of every job of `selection` (arguments of squeue) by job id."""
+def queue(selection: Sequence[str]) -> dict[str, QueuedJob]:
+    """Return every job of `selection` (arguments of squeue) by its id."""
     try:
         done = subprocess.run(
             ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%o", *selection],
@@ -49,7 +57,7 @@ def queue(selection: Sequence[str]) -> dict[str, tuple[str, str]]:
     if done.returncode and "Invalid job id" not in done.stderr:
         raise AtlasError(f"Slurm's queue cannot be read: {sentence(done.stderr)}")
     rows = (line.split("|", 2) for line in done.stdout.splitlines())
-    return {job: (state, script) for job, state, script in rows}
+    return {job: QueuedJob(state, script) for job, state, script in rows}
 
 
 def array_limit() -> int:

@@ -161,7 +161,7 @@ def test_arrays_stay_below_the_cluster_s_limit(tmp_path, monkeypatch):
     assert mains[0] == mains[1] != mains[2] == mains[3] != mains[4]
     assert "_" not in handles[4].job_id
     try:
-        assert all(launcher.is_at_work(run) for run in runs)
+        assert all(launcher.is_active(run) for run in runs)
         with pytest.raises(RunBusyError) as error:
             launcher.submit(runs)
         stops = [f"scancel {handle.job_id}" for handle in handles[:2]]  # of the first array
