@@ -38,11 +38,6 @@ def check(config: Mapping[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def is_sharded(config: Mapping[str, Any], world_size: int) -> bool:
-    """Whether the ranks hold parts of the weights; one rank has nobody to share with."""
-    return world_size > 1 and config["cluster"].get("sharding") is not None
-
-
 def not_set(key: str) -> str:
     """Return the problem of a mandatory value that was not given."""
     return f"{key} is not set; give it a value, for example on the command line: {key}=…"

@@ -24,7 +24,7 @@ HEAD = "run"  # the section that Atlas adds to a configuration when it freezes i
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainerSettings:
     """The training loop: how long, how exactly, and what is saved and logged when."""
 
     steps: int = key(minimum=1)  # optimizer updates in total
@@ -50,7 +50,7 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimSettings:
     """The optimizer and the base learning rate."""
 
     lr: float = key(above=0)  # base learning rate, before scaling and multipliers
@@ -62,7 +62,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSettings:
     """The data sets and how they are read."""
 
     batch_size: int = key(minimum=1, batch_split=True)  # samples per rank and micro-batch
@@ -77,7 +77,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterSettings:
     """Where the run trains; the launcher that `raw` names has keys of its own."""
 
     nodes: int = key(minimum=1)  # machines
@@ -94,7 +94,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Tracking:
+class TrackingSettings:
     """Where metrics are sent besides the journal."""
 
     kind: Literal["mlflow", "none"] = key()
@@ -105,7 +105,7 @@ class Tracking:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleSettings:
     """The factor on the base rate at every update, to be instantiated from `raw`."""
 
     target: str = key(name="_target_")
@@ -115,7 +115,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """The model, to be instantiated from `raw`."""
 
     target: str = key(name="_target_")
@@ -136,13 +136,13 @@ class Settings:
     resume: str | None = key(hashed=False)  # run (id or folder) to resume
     fresh: bool = key(hashed=False)  # whether an existing run is moved aside and started over
     dry_run: bool = key(hashed=False)  # whether only the plan is printed
-    trainer: Trainer = section()
-    optim: Optim = section()
-    data: Data = section()
-    cluster: Cluster = section(hashed=False)
-    tracking: Tracking = section(hashed=False)
-    schedule: Schedule = section()
-    model: Model = section()
+    trainer: TrainerSettings = section()
+    optim: OptimSettings = section()
+    data: DataSettings = section()
+    cluster: ClusterSettings = section(hashed=False)
+    tracking: TrackingSettings = section(hashed=False)
+    schedule: ScheduleSettings = section()
+    model: ModelSettings = section()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Settings":

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atlas.config.schema import Settings
 from atlas.data import baselines
 from atlas.data.baselines import Block, Errors, Hits
 from atlas.data.protocol import (
@@ -35,7 +36,7 @@ from atlas.run.trust import config_of
 from atlas.system.files import write_json
 from atlas.training.build import build_data
 from atlas.training.feeding.randomness import StepSeeds
-from atlas.training.feeding.stream import Fetcher, on_bad
+from atlas.training.feeding.stream import Fetcher
 
 NEEDED = ("state", "actions", "action_mask")
 
@@ -51,28 +52,28 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
     """
     folder = made(out or run.path)  # known to be there before what takes minutes
     policy = load_policy(run.path, device)
-    config = config_of(run)
-    train, val = build_data(config)
+    settings = Settings.of(config_of(run))
+    train, val = build_data(settings)
     if val is None:
         raise AtlasError(f"run {run.id} has data.val=null: there are no held-out episodes")
     if not offers(policy.model, Acts):
         raise AtlasError(f"{type(policy.model).__name__} has no method act, which predicts actions")
     if offers(val, Prepares):
         val.prepare()
-    predictions = Predictions(config, policy, val)
+    predictions = Predictions(settings, policy, val)
     errors, hits = Errors(), Hits()
     samples = predictions.measure(errors, *([hits] if discrete(val) else []))
     joints = action_names(val, errors.table.shape[1])
     found = {
         "run": run.id,
-        "name": config["name"],
+        "name": settings.name,
         "step": policy.step,
         "device": str(policy.device),
         "samples": samples,
         "episodes": len(np.unique(val.episode)) if offers(val, HasEpisodes) else None,
         "error": summary(errors, joints),
-        "baselines": _baselines(config, train, val, errors, joints),
-        "accuracy": _accuracy(config, train, val, hits) if discrete(val) else None,
+        "baselines": _baselines(settings, train, val, errors, joints),
+        "accuracy": _accuracy(settings, train, val, hits) if discrete(val) else None,
         "rollout": rollout(policy, val),
         "rollout_baselines": rollout_baselines(val),
         "created": round(time.time(), 3),
@@ -86,12 +87,12 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
 class Predictions:
     """The policy's chunks for all samples of a data set, in batches of the run's size."""
 
-    def __init__(self, config: Mapping[str, Any], policy: Policy, data: Any) -> None:
+    def __init__(self, settings: Settings, policy: Policy, data: Any) -> None:
         self._policy, self._data = policy, data
-        self._size = int(config["data"]["batch_size"])
-        self._fetcher = Fetcher(data, int(config["seed"]), on_bad(config))
+        self._size = settings.data.batch_size
+        self._fetcher = Fetcher(data, settings.seed, settings.data.on_bad)
         # As in the run's validations, so that what is drawn at random is drawn alike.
-        self._seeds = StepSeeds(int(config["seed"]), 0, policy.device)
+        self._seeds = StepSeeds(settings.seed, 0, policy.device)
 
     def measure(self, *measures: Errors | Hits) -> int:
         """Add all samples to `measures`, in the data's own units; the number of samples.
@@ -193,24 +194,24 @@ def summary(errors: Errors, joints: list[str]) -> dict[str, Any]:
 
 
 def _baselines(
-    config: Mapping[str, Any], train: Any, val: Any, errors: Errors, joints: list[str]
+    settings: Settings, train: Any, val: Any, errors: Errors, joints: list[str]
 ) -> dict[str, Any]:
     """What needs no network, with `ratio`: the policy's error over its."""
     # Holding the state is a prediction only where actions are states: the data set knows.
     names = list(val.baselines(train)) if offers(val, HasBaselines) else ["mean_action"]
-    guesses = baselines.fit(lambda: blocks(config, train), names)
-    measured = baselines.measure(guesses, blocks(config, val))
+    guesses = baselines.fit(lambda: blocks(settings, train), names)
+    measured = baselines.measure(guesses, blocks(settings, val))
     return {
         name: {"ratio": errors.mean / error.mean, **summary(error, joints)}
         for name, error in measured.items()
     }
 
 
-def _accuracy(config: Mapping[str, Any], train: Any, val: Any, hits: Hits) -> dict[str, Any]:
+def _accuracy(settings: Settings, train: Any, val: Any, hits: Hits) -> dict[str, Any]:
     """How often the most likely action is the demonstrated one; `majority_action`: the commonest."""
-    guess = baselines.fit(lambda: blocks(config, train), ["mean_action"])["mean_action"]
+    guess = baselines.fit(lambda: blocks(settings, train), ["mean_action"])["mean_action"]
     majority = Hits()
-    for state, actions, mask in blocks(config, val):
+    for state, actions, mask in blocks(settings, val):
         majority.add(np.broadcast_to(guess(state), actions.shape), actions, mask)
     return {
         "mean": hits.mean,
@@ -219,13 +220,13 @@ def _accuracy(config: Mapping[str, Any], train: Any, val: Any, hits: Hits) -> di
     }
 
 
-def blocks(config: Mapping[str, Any], data: Any) -> Iterator[Block]:
+def blocks(settings: Settings, data: Any) -> Iterator[Block]:
     """State, actions and mask of all samples, without images where the data set can do so."""
     if offers(data, ReadsBlocks):
         yield from data.blocks()
         return
-    size = int(config["data"]["batch_size"])
-    fetcher = Fetcher(data, int(config["seed"]), on_bad(config))
+    size = settings.data.batch_size
+    fetcher = Fetcher(data, settings.seed, settings.data.on_bad)
     for start in range(0, len(data), size):
         ids = np.arange(start, min(start + size, len(data)))
         _, batch = fetcher.good(ids, ids, refill=False)

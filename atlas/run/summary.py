@@ -68,9 +68,8 @@ def outline(run: Run, config: Mapping[str, Any], launcher: Any) -> str:
     return table(rows)
 
 
-def rates(config: Mapping[str, Any], rate: LearningRate, multipliers: Mapping[str, float]) -> str:
+def rates(rate: LearningRate, multipliers: Mapping[str, float], warmup: int) -> str:
     """Return a table of every group's rate at the steps that show the schedule, and its curve."""
-    warmup = int(config["schedule"].get("warmup") or 0)
     shown = sorted({0, warmup // 2, warmup, rate.steps // 2, rate.steps - 1})
     width = max([len("learning rate"), *(len(name) for name in multipliers)])
     lines = ["learning rate".ljust(width) + "".join(f"{f'step {s}':>12}" for s in shown)]

@@ -14,12 +14,11 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from atlas.config.checks import is_sharded
+from atlas.config.schema import Settings
 from atlas.data.protocol import spec_of
 from atlas.errors import ConfigError
 from atlas.models.protocol import HasImageSize, HasVision
 from atlas.protocol import offers
-from atlas.run.identity import effective_batch
 from atlas.schedule import LearningRate, scaling
 from atlas.training.feeding import features
 from atlas.training.feeding.randomness import seed_everything
@@ -32,42 +31,44 @@ from atlas.training.ranks import sharding
 CPU = torch.device("cpu")
 
 
-def build(config: Mapping[str, Any], world_size: int, device: torch.device) -> Parts:
+def build(settings: Settings, world_size: int, device: torch.device) -> Parts:
     """Instantiate everything of `config`; what is wrong is raised as one `ConfigError`.
 
     On the meta device the model has no weights, and is built without the memory for them.
     """
-    check_precision(config["trainer"]["precision"], device)
-    train, val = build_data(config)
+    check_precision(settings.trainer.precision, device)
+    train, val = build_data(settings)
     spec = spec_of(train)
     hollow = device.type == "meta"
     with device if hollow else contextlib.nullcontext():
-        model = build_model(config, spec)
+        model = create_model(settings.model.raw, spec, settings.seed)
     # What is cut over the ranks need not fit a device before it is.
-    model.to(CPU if is_sharded(config, world_size) and not hollow else device)
-    groups, optimizer = arrange(config, model, world_size, device)
-    if is_sharded(config, world_size):
+    is_sharded = settings.cluster.is_sharded(world_size)
+    model.to(CPU if is_sharded and not hollow else device)
+    groups, optimizer = arrange(settings, model, world_size, device)
+    if is_sharded:
         sharding.check(model)
-    features.check(config, model, [data for data in (train, val) if data is not None])
+    if settings.data.cache_features:
+        features.check(model, [data for data in (train, val) if data is not None])
     return Parts(train, val, spec, model, groups, optimizer)
 
 
 def arrange(
-    config: Mapping[str, Any], model: nn.Module, world_size: int, device: torch.device
+    settings: Settings, model: nn.Module, world_size: int, device: torch.device
 ) -> tuple[list[optim.Group], optim.Optimizer]:
     """The groups of `model`'s parameters, some of them frozen by this, and the optimizer over them."""
-    groups = optim.group_parameters(model, config["optim"]["lr_multipliers"] or {})
+    groups = optim.group_parameters(model, settings.optim.lr_multipliers or {})
     optim.freeze(groups)
-    return groups, build_optimizer(config, groups, world_size, device)
+    return groups, build_optimizer(settings, groups, world_size, device)
 
 
-def doubts(config: Mapping[str, Any], parts: Parts) -> list[str]:
+def doubts(data: Mapping[str, Any], parts: Parts) -> list[str]:
     """What is allowed and likely to be a mistake; for a person to read."""
     there = (parts.spec or {}).get("image_size")
     model: Any = parts.model
     vision: Any = model.vision if offers(model, HasVision) else None
     seen = vision.image_size if offers(vision, HasImageSize) else None
-    if config["data"].get("image_size") is None or not there or not seen:
+    if data.get("image_size") is None or not there or not seen:
         return []
     if not any(wanted > pixels for wanted, pixels in zip(seen, there, strict=True)):
         return []
@@ -77,63 +78,70 @@ def doubts(config: Mapping[str, Any], parts: Parts) -> list[str]:
     ]
 
 
-def build_data(config: Mapping[str, Any]) -> tuple[Any, Any | None]:
+def build_data(settings: Settings) -> tuple[Any, Any | None]:
     """The training and the validation set (None where `data.val` is null)."""
-    train = create(config["data"]["train"], "data.train")
+    train = create(settings.data.train, "data.train")
     check_dataset(train, "data.train")
-    if needs_spec(config) and spec_of(train) is None:
+    if needs_spec(settings.model.target) and spec_of(train) is None:
         raise ConfigError(
-            f"model._target_={config['model']['_target_']} is built from the training set's `spec`, "
+            f"model._target_={settings.model.target} is built from the training set's `spec`, "
             f"and a {type(train).__name__} has none; docs/own.md says what it holds"
         )
-    if config["data"].get("val") is None:
+    if settings.data.val is None:
         return train, None
-    val = create(config["data"]["val"], "data.val")
+    val = create(settings.data.val, "data.val")
     check_dataset(val, "data.val")
     return train, val
 
 
 def build_model(config: Mapping[str, Any], spec: Mapping[str, Any] | None) -> nn.Module:
-    """The model with its initial weights, a function of the seed.
+    """Return the model of `config`, of which only `model` and `seed` are read.
 
-    A model whose constructor takes `spec` is told what the training set says about itself.
+    `spec` describes the training set, for a model whose constructor takes it.
     """
-    seed_everything(int(config["seed"]))
-    extra = {"spec": spec} if _spec_parameter(config) else {}
-    model = create(config["model"], "model", **extra)
+    return create_model(config["model"], spec, config["seed"])
+
+
+def create_model(node: Mapping[str, Any], spec: Mapping[str, Any] | None, seed: int) -> nn.Module:
+    """Return the model that `node` describes with its initial weights, a function of `seed`.
+
+    A model whose constructor takes `spec` gets the training set's.
+    """
+    seed_everything(seed)
+    extra = {"spec": spec} if _spec_parameter(node["_target_"]) else {}
+    model = create(node, "model", **extra)
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"model._target_={config['model']['_target_']} gives a {type(model).__name__}; "
+            f"model._target_={node['_target_']} gives a {type(model).__name__}; "
             "it must give a torch.nn.Module"
         )
     return model
 
 
 def build_optimizer(
-    config: Mapping[str, Any], groups: list[optim.Group], world_size: int, device: torch.device
+    settings: Settings, groups: list[optim.Group], world_size: int, device: torch.device
 ) -> optim.Optimizer:
     """The optimizer over `groups`, with the scaled base rate and the run's schedule."""
-    factory = create(config["optim"]["optimizer"], "optim.optimizer")
+    factory = create(settings.optim.optimizer, "optim.optimizer")
     optim.check_fused(factory, device)
     try:
         return optim.Optimizer(
             groups,
             factory,
-            rate=learning_rate(config, world_size),
+            rate=learning_rate(settings, world_size),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim.optimizer: {error}") from error
 
 
-def learning_rate(config: Mapping[str, Any], world_size: int) -> LearningRate:
+def learning_rate(settings: Settings, world_size: int) -> LearningRate:
     """Return the rule that gives every module its rate in every update."""
-    settings = config["optim"]
-    batch = effective_batch(config, world_size)
-    factor = scaling(settings["scale_lr"], batch, settings["base_batch_size"])
+    optim = settings.optim
+    batch = settings.effective_batch(world_size)
     return LearningRate(
-        base=float(settings["lr"]) * factor,
-        schedule=create(config["schedule"], "schedule"),
-        steps=int(config["trainer"]["steps"]),
+        base=optim.lr * scaling(optim.scale_lr, batch, optim.base_batch_size),
+        schedule=create(settings.schedule.raw, "schedule"),
+        steps=settings.trainer.steps,
     )
 
 
@@ -150,14 +158,13 @@ def create(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def needs_spec(config: Mapping[str, Any]) -> bool:
-    """Whether the model's constructor takes `spec` and cannot do without."""
-    parameter = _spec_parameter(config)
+def needs_spec(target: str) -> bool:
+    """Return whether the constructor of the model `target` requires `spec`."""
+    parameter = _spec_parameter(target)
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
-def _spec_parameter(config: Mapping[str, Any]) -> inspect.Parameter | None:
-    target = config["model"]["_target_"]
+def _spec_parameter(target: str) -> inspect.Parameter | None:
     try:
         return inspect.signature(get_class(target)).parameters.get("spec")
     except Exception:  # not a class, or not there: instantiating it gives the better error

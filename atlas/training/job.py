@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from atlas.config.checks import is_sharded
+from atlas.config.schema import Settings, TrainerSettings
 from atlas.data.protocol import Prepares
 from atlas.errors import AtlasError
 from atlas.protocol import offers
@@ -22,7 +22,7 @@ from atlas.run.signals import Stop
 from atlas.system.progress import open_progress
 from atlas.training.build import arrange, build, doubts
 from atlas.training.feeding import features
-from atlas.training.feeding.stream import TrainStream, on_bad
+from atlas.training.feeding.stream import TrainStream
 from atlas.training.optimization.ema import Ema
 from atlas.training.optimization.precision import set_determinism
 from atlas.training.parts import Parts
@@ -39,33 +39,34 @@ log = logging.getLogger(__name__)
 def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
     """Train `run` as the rank that the environment says; rank 0 holds the `lock`."""
     config = trust.config_of(run)
-    set_determinism(bool(config["trainer"]["deterministic"]))
-    world = distributed.init(config["cluster"]["device"])
+    settings = Settings.of(config)
+    set_determinism(settings.trainer.deterministic)
+    world = distributed.init(settings.cluster.device)
     try:
-        parts = build(config, world.size, world.device)
-        for doubt in doubts(config, parts) if world.is_main else ():
+        parts = build(settings, world.size, world.device)
+        for doubt in doubts(settings.data.raw, parts) if world.is_main else ():
             print(f"warning: {doubt}", flush=True)
-        checkpoints = Checkpoints(run.checkpoints, int(config["trainer"]["keep"]))
-        state, ema = begin(config, world, parts, checkpoints)
+        checkpoints = Checkpoints(run.checkpoints, settings.trainer.keep)
+        state, ema = begin(settings, world, parts, checkpoints)
         trainer = functools.partial(
             Trainer,
-            config,
+            settings,
             parts,
             world,
-            stream=open_stream(config, parts.train, world),
+            stream=open_stream(settings, parts.train, world),
             checkpoints=checkpoints,
             stop=stop,
             state=state,
             ema=ema,
         )
         tracker = RunTracker(run, lock, config) if lock else NullTracker()
-        return fit(tracker, config, world, state, trainer)
+        return fit(tracker, settings.trainer, world, state, trainer)
     finally:
         distributed.finish()
 
 
 def begin(
-    config: Mapping[str, Any], world: World, parts: Parts, checkpoints: Checkpoints
+    settings: Settings, world: World, parts: Parts, checkpoints: Checkpoints
 ) -> tuple[TrainState, Ema | None]:
     """What has to come before the first update, in the order that it has to come in."""
     for data in (parts.train, parts.val):
@@ -74,27 +75,27 @@ def begin(
     if world.is_main:
         checkpoints.repair()
     world.barrier()
-    state, ema = restore(config, parts, checkpoints, config["trainer"]["ema"])
-    features.attach(config, parts, world.device)  # of the weights that are there now
+    state, ema = restore(settings, parts, checkpoints)
+    if settings.data.cache_features:  # the features of the weights that are there now
+        features.attach(parts, settings.trainer.precision, world.device)
     if world.is_main:
         checkpoints.point_best(state.best["step"] if state.best else None)
         checkpoints.save_frozen(frozen_state(parts.model))
-    if is_sharded(config, world.size):
-        again = functools.partial(arrange, config, parts.model, world.size, world.device)
+    if settings.cluster.is_sharded(world.size):
+        again = functools.partial(arrange, settings, parts.model, world.size, world.device)
         ema = shard(parts, ema, world, again)
     return state, ema
 
 
 def fit(
     tracker: Tracker,
-    config: Mapping[str, Any],
+    settings: TrainerSettings,
     world: World,
     state: TrainState,
     trainer: Callable[..., Trainer],
 ) -> Outcome:
     """Train from `state` on, and record how it ended; `trainer` lacks only what it reports to."""
-    show, steps = config["trainer"]["progress"], int(config["trainer"]["steps"])
-    progress = open_progress(show, world.is_main, steps, state.step)
+    progress = open_progress(settings.progress, world.is_main, settings.steps, state.step)
     try:
         tracker.resume(state.step)
         outcome = trainer(tracker=tracker, progress=progress).fit()
@@ -111,28 +112,27 @@ def fit(
     return outcome
 
 
-def open_stream(config: Mapping[str, Any], data: Any, world: World) -> TrainStream:
+def open_stream(settings: Settings, data: Any, world: World) -> TrainStream:
     """What the updates of this rank are fed with."""
     return TrainStream(
         data,
-        seed=int(config["seed"]),
-        batch_size=int(config["data"]["batch_size"]),
-        accumulate=int(config["trainer"]["accumulate"]),
-        workers=int(config["data"]["workers"]),
+        seed=settings.seed,
+        batch_size=settings.data.batch_size,
+        accumulate=settings.trainer.accumulate,
+        workers=settings.data.workers,
         world=world,
-        on_bad=on_bad(config),
+        on_bad=settings.data.on_bad,
     )
 
 
 def restore(
-    config: Mapping[str, Any], parts: Parts, checkpoints: Checkpoints, decay: float | None
+    settings: Settings, parts: Parts, checkpoints: Checkpoints
 ) -> tuple[TrainState, Ema | None]:
     """The state to go on from: the newest checkpoint, another run's weights, or the beginning."""
-    saved = checkpoints.latest()
+    saved, decay = checkpoints.latest(), settings.trainer.ema
     if saved is None:
-        if config["init_from"]:
-            reference = config["init_from"]
-            weights = best_weights(reference, config["outputs"])
+        if reference := settings.init_from:
+            weights = best_weights(reference, settings.outputs)
             load_weights(parts.model, weights, f"init_from={reference}")
         return TrainState(), Ema(parts.model, decay) if decay else None
     load_weights(parts.model, saved["model"], str(checkpoints.folder))

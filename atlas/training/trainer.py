@@ -6,10 +6,11 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from atlas.config.schema import Settings
 from atlas.errors import EXIT_DONE, EXIT_STOPPED, NonFiniteError
 from atlas.record.tracker import Tracker
 from atlas.run.signals import CODES, STATES, Stop
@@ -17,7 +18,7 @@ from atlas.run.status import State
 from atlas.system.progress import Lines
 from atlas.training.feeding.prefetch import ReadAhead
 from atlas.training.feeding.randomness import StepSeeds
-from atlas.training.feeding.stream import TrainStream, on_bad, to_device
+from atlas.training.feeding.stream import TrainStream, to_device
 from atlas.training.feeding.workers import ending
 from atlas.training.meters import Pending, Window
 from atlas.training.optimization.ema import Ema
@@ -57,7 +58,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        settings: Settings,
         parts: Parts,
         world: World,
         *,
@@ -69,8 +70,7 @@ class Trainer:
         state: TrainState,
         ema: Ema | None,
     ) -> None:
-        settings = config["trainer"]
-        self.settings = settings
+        self.settings = settings.trainer
         self.parts = parts
         self.world = world
         self.stream = stream
@@ -80,25 +80,25 @@ class Trainer:
         self.stop = stop
         self.state = state
         self.ema = ema
-        self.steps = int(settings["steps"])
-        self.accumulate = int(settings["accumulate"])
-        self.val_interval = validation_interval(settings["val_interval"], stream.order.length)
+        self.steps = self.settings.steps
+        self.accumulate = self.settings.accumulate
+        self.val_interval = validation_interval(self.settings.val_interval, stream.order.length)
         self.optimizer = parts.optimizer
-        self.seeds = StepSeeds(int(config["seed"]), world.rank, world.device)
-        self.autocast = autocast(settings["precision"], world.device)
-        self.gradient = Gradient(self.optimizer, world, settings["clip_norm"])
+        self.seeds = StepSeeds(settings.seed, world.rank, world.device)
+        self.autocast = autocast(self.settings.precision, world.device)
+        self.gradient = Gradient(self.optimizer, world, self.settings.clip_norm)
         self.agreement = Agreement(world)
-        self.validation = self._validation(config)
-        self.replica = replicated(parts.model, world, bool(settings["compile"]))
+        self.validation = self._validation(settings)
+        self.replica = replicated(parts.model, world, self.settings.compile)
         self.window = Window()
         self.ahead = ReadAhead(stream, stop, self.accumulate)
         self._eval_for_good = frozen_modules(parts.model)
         self._pending: Pending | None = None
         self._saved_step = state.step
         self._saved_at = self._began = time.monotonic()
-        if settings["max_time"] is not None:
+        if self.settings.max_time is not None:
             # Only when `_time_up` says so too: a rank that gives up has to say why.
-            stop.wait_no_longer_than(60 * float(settings["max_time"]) + 0.05)
+            stop.wait_no_longer_than(60 * self.settings.max_time + 0.05)
 
     def fit(self) -> Outcome:
         """Train to the last step, or until something asks to stop."""
@@ -227,7 +227,7 @@ class Trainer:
         self.window.steps += 1
         if self.stream.skips:
             self.state.bad_samples += self.world.count(replaced)
-        if self.settings["log_samples"]:
+        if self.settings.log_samples:
             self.tracker.log_samples(step, self.stream.ids(step))
         if not sums.detailed:
             return
@@ -257,12 +257,12 @@ class Trainer:
         return ended
 
     def _requests(self) -> Requests:
-        minutes = self.settings["save_minutes"]
+        minutes = self.settings.save_minutes
         save = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return Requests(stop=self.stop.code, save=int(save), time_up=self._time_up())
 
     def _time_up(self) -> int:
-        limit = self.settings["max_time"]
+        limit = self.settings.max_time
         return int(limit is not None and time.monotonic() - self._began >= 60 * limit)
 
     def _interrupted(self) -> bool:
@@ -273,18 +273,15 @@ class Trainer:
         return agreed.end
 
     def _ended(self, requests: Requests) -> Outcome | None:
-        patience = self.settings["patience"]
+        patience = self.settings.patience
         if self.state.step >= self.steps and not self._validation_missing():
             return None
         if requests.stop:
             state, reason = STATES[CODES[requests.stop]]  # type: ignore[index]
             return Outcome(state, reason, EXIT_STOPPED)
         if requests.time_up:
-            return Outcome(
-                State.KILLED,
-                f"trainer.max_time={self.settings['max_time']} min is over",
-                EXIT_STOPPED,
-            )
+            reason = f"trainer.max_time={self.settings.max_time:g} min is over"
+            return Outcome(State.KILLED, reason, EXIT_STOPPED)
         if patience and self.state.worse >= patience:
             reason = f"early stop: {patience} validations without improvement"
             return Outcome(State.FINISHED, reason, EXIT_DONE)
@@ -301,7 +298,7 @@ class Trainer:
         return improved
 
     def _log_due(self, step: int) -> bool:
-        return step % int(self.settings["log_interval"]) == 0 or step == self.steps - 1
+        return step % self.settings.log_interval == 0 or step == self.steps - 1
 
     def _validation_due(self) -> bool:
         done = self.state.step
@@ -316,7 +313,7 @@ class Trainer:
         return done > 0 and self._validation_due() and self.state.validated != done
 
     def _save_due(self) -> bool:
-        interval, done = self.settings["save_interval"], self.state.step
+        interval, done = self.settings.save_interval, self.state.step
         return done == self.steps or (interval is not None and done % interval == 0)
 
     def _check_weights(self) -> None:
@@ -337,7 +334,7 @@ class Trainer:
             + (f"the last good checkpoint is {saved[-1]}" if saved else "nothing was saved before")
         )
 
-    def _validation(self, config: Mapping[str, Any]) -> Validation | None:
+    def _validation(self, settings: Settings) -> Validation | None:
         if self.parts.val is None:
             return None
         return Validation(
@@ -346,11 +343,11 @@ class Trainer:
             self.world,
             self.seeds,
             self.autocast,
-            seed=int(config["seed"]),
-            batch_size=int(config["data"]["batch_size"]),
-            workers=int(config["data"]["workers"]),
-            on_bad=on_bad(config),
-            batches=self.settings["val_batches"],
+            seed=settings.seed,
+            batch_size=settings.data.batch_size,
+            workers=settings.data.workers,
+            on_bad=settings.data.on_bad,
+            batches=settings.trainer.val_batches,
         )
 
 

@@ -42,7 +42,7 @@ class Validation:
         batch_size: int,
         workers: int,
         batches: int | None,
-        on_bad: str = "error",
+        on_bad: str | None = None,
     ) -> None:
         self._dataset = dataset
         self._train = train

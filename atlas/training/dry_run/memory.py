@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,13 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from atlas.config.checks import is_sharded
+from atlas.config.schema import Settings
 from atlas.data.protocol import HasFrames
 from atlas.models.pretrained import without_weights
 from atlas.protocol import offers
-from atlas.training.build import CPU, arrange, build_model, build_optimizer
+from atlas.training.build import CPU, arrange, build_optimizer, create_model
 from atlas.training.dry_run.preflight import META, room
-from atlas.training.feeding.stream import Fetcher, Order, on_bad
+from atlas.training.feeding.stream import Fetcher, Order
 from atlas.training.optimization.gradient import Sums
 from atlas.training.optimization.optimizer import Group
 from atlas.training.optimization.precision import autocast
@@ -74,23 +74,23 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(config: Mapping[str, Any], parts: Parts, world_size: int) -> Estimate:
+def estimate(settings: Settings, parts: Parts, world_size: int) -> Estimate:
     """Of a run of `parts`, whose model may be without memory (on the meta device)."""
-    ranks = world_size if is_sharded(config, world_size) else 1
+    ranks = world_size if settings.cluster.is_sharded(world_size) else 1
     model, found = parts.model, Estimate()
     found.weights = weights(model, ranks)
     # With DDP too: its buckets are the gradients' own memory.
     trained = float(sum(held(p, ranks) for p in model.parameters() if p.requires_grad))
     found.sizes = {"weights": sum(found.weights.values()), "gradients": trained}
-    found.add("optimizer", lambda: optimizer_state(config, parts.groups, world_size, ranks))
-    if config["trainer"]["ema"]:
+    found.add("optimizer", lambda: optimizer_state(settings, parts.groups, world_size, ranks))
+    if settings.trainer.ema:
         found.sizes["average"] = trained
     if ranks > 1:
         found.sizes["gathered"] = gathered(model)
-    batch = int(config["data"]["batch_size"])
-    found.add("batch", lambda: at(batch, [(n, size_of(b)) for n, b in examples(config, parts)]))
+    batch = settings.data.batch_size
+    found.add("batch", lambda: at(batch, [(n, size_of(b)) for n, b in examples(settings, parts)]))
     if "batch" in found.sizes:
-        found.add("activations", lambda: at(batch, activations(config, parts)))
+        found.add("activations", lambda: at(batch, activations(settings, parts)))
     return found
 
 
@@ -125,18 +125,16 @@ def weights(model: nn.Module, ranks: int) -> dict[str, float]:
     return {**found, **({"buffers": buffers} if buffers else {})}
 
 
-def optimizer_state(
-    config: Mapping[str, Any], groups: list[Group], world_size: int, ranks: int
-) -> float:
+def optimizer_state(settings: Settings, groups: list[Group], world_size: int, ranks: int) -> float:
     """Bytes of the optimizer's state after an update, taken over tensors of the same shapes."""
-    chosen = dict(config["optim"]["optimizer"])
+    chosen = dict(settings.optim.optimizer)
     if "fused" in chosen:  # the same state, by kernels that there are for real tensors alone
         chosen["fused"] = False
-    config = {**config, "optim": {**config["optim"], "optimizer": chosen}}
+    unfused = replace(settings, optim=replace(settings.optim, optimizer=chosen))
 
     def state(place: torch.device) -> float:
         alike = [_alike(group, ranks, place) for group in groups]
-        optimizer = build_optimizer(config, alike, world_size, place)
+        optimizer = build_optimizer(unfused, alike, world_size, place)
         for parameter in optimizer.parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.inner.step()
@@ -176,24 +174,24 @@ def gathered(model: nn.Module) -> float:
     return float(root + 2 * max(found.values(), default=0))
 
 
-def examples(config: Mapping[str, Any], parts: Parts) -> Iterator[tuple[int, Any]]:
+def examples(settings: Settings, parts: Parts) -> Iterator[tuple[int, Any]]:
     """Batches as the model gets them, with their sizes: of the run's size where that is small."""
-    wanted = int(config["data"]["batch_size"])
+    wanted = settings.data.batch_size
     for count in (wanted,) if wanted <= MOST else (MOST // 2, MOST):
-        yield count, example(config, parts, count)
+        yield count, example(settings, parts, count)
 
 
-def example(config: Mapping[str, Any], parts: Parts, count: int) -> Any:
+def example(settings: Settings, parts: Parts, count: int) -> Any:
     """A batch of `count` samples. Images are made up where a data set can leave them out.
 
     To read those could mean to decode videos, which writes files.
     """
-    data, seed = parts.train, int(config["seed"])
+    data, seed = parts.train, settings.seed
     ids = Order(len(data), seed).ids(0, count)
     if not offers(data, HasFrames):
-        return Fetcher(data, seed, on_bad(config)).good(ids, range(count), refill=True)[1]
+        return Fetcher(data, seed, settings.data.on_bad).good(ids, range(count), refill=True)[1]
     batch, views = data.batch(ids, images=False), len(data.spec["cameras"])
-    if config["data"].get("cache_features"):
+    if settings.data.cache_features:
         vision: Any = parts.model.vision
         patches = (int(np.prod(vision.grid)), int(vision.width))
         return {**batch, "features": torch.zeros(count, views, *patches, dtype=torch.float16)}
@@ -201,14 +199,14 @@ def example(config: Mapping[str, Any], parts: Parts, count: int) -> Any:
     return {**batch, "images": torch.zeros(count, views, *pixels, dtype=torch.uint8)}
 
 
-def activations(config: Mapping[str, Any], parts: Parts) -> list[tuple[int, int]]:
+def activations(settings: Settings, parts: Parts) -> list[tuple[int, int]]:
     """Samples and the bytes that are alive at once in a step of them.
 
     With a model that computes, in memory of this machine, where it decides by values that tensors
     without memory do not have; raises what went wrong where that would be too large.
     """
-    precision = str(config["trainer"]["precision"])
-    batches = list(examples(config, parts))  # of real numbers: data are read as they always are
+    precision = settings.trainer.precision
+    batches = list(examples(settings, parts))  # of real numbers: data are read as they always are
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             model = blank(parts.model)
@@ -223,9 +221,9 @@ def activations(config: Mapping[str, Any], parts: Parts) -> list[tuple[int, int]
         if sum(map(size, parts.model.parameters())) > room():
             raise
     with without_weights():
-        model = build_model(config, parts.spec)
-    arrange(config, model, 1, CPU)  # to freeze what is frozen
-    return [(n, alive(model, example(config, parts, n), precision)) for n in SMALL]
+        model = create_model(settings.model.raw, parts.spec, settings.seed)
+    arrange(settings, model, 1, CPU)  # to freeze what is frozen
+    return [(n, alive(model, example(settings, parts, n), precision)) for n in SMALL]
 
 
 def blank(model: nn.Module) -> nn.Module:

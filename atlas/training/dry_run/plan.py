@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from atlas.config.schema import Settings
 from atlas.errors import ConfigError
 from atlas.models.pretrained import without_weights
-from atlas.run.identity import effective_batch
 from atlas.run.summary import rates, table
 from atlas.training.build import CPU, build, doubts, learning_rate
 from atlas.training.dry_run.memory import Estimate, estimate
@@ -27,34 +28,35 @@ def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) 
     `elsewhere`: the run is for another machine, so that what this one can compute on and in which
     precision does not matter.
     """
-    wanted = config["cluster"]["device"]
+    settings = Settings.of(config)
+    wanted = settings.cluster.device
     device = CPU if elsewhere else distributed.choose_device(wanted, 0)
     if not elsewhere:
-        check_precision(config["trainer"]["precision"], device)
-    parts = hollow(config, world_size)
-    memory = estimate(config, parts, world_size)
+        check_precision(settings.trainer.precision, device)
+    parts = hollow(settings, world_size)
+    memory = estimate(settings, parts, world_size)
     multipliers = {group.name: group.multiplier for group in parts.groups}
     return "\n".join(
         [
-            *(f"warning: {doubt}" for doubt in doubts(config, parts)),
-            table(data_rows(config, parts, world_size, wanted if elsewhere else str(device))),
+            *(f"warning: {doubt}" for doubt in doubts(settings.data.raw, parts)),
+            table(data_rows(settings, parts, world_size, wanted if elsewhere else str(device))),
             "",
             parameters(parts),
             "",
             memory.text(),
             *room(memory, device),
             "",
-            rates(config, learning_rate(config, world_size), multipliers),
+            rates(learning_rate(settings, world_size), multipliers, settings.schedule.warmup or 0),
         ]
     )
 
 
-def hollow(config: Mapping[str, Any], world_size: int) -> Parts:
+def hollow(settings: Settings, world_size: int) -> Parts:
     """The run's parts; a plan needs no weights, so they are neither read nor have memory.
 
     A model that does not let itself be built so gets some, at random.
     """
-    spared = {**config, "trainer": {**config["trainer"], "precision": "fp32"}}
+    spared = replace(settings, trainer=replace(settings.trainer, precision="fp32"))
     with without_weights():
         try:
             return build(spared, world_size, META)
@@ -75,13 +77,11 @@ def room(memory: Estimate, device: torch.device) -> list[str]:
     return [f"  warning: this is more than there is, {left}"]
 
 
-def data_rows(
-    config: Mapping[str, Any], parts: Parts, world_size: int, device: str
-) -> dict[str, str]:
+def data_rows(settings: Settings, parts: Parts, world_size: int, device: str) -> dict[str, str]:
     """Devices, sizes of the data sets, and when the run validates."""
-    samples, batch = len(parts.train), effective_batch(config, world_size)
-    steps = config["trainer"]["steps"]
-    interval = validation_interval(config["trainer"]["val_interval"], samples)
+    samples, batch = len(parts.train), settings.effective_batch(world_size)
+    steps = settings.trainer.steps
+    interval = validation_interval(settings.trainer.val_interval, samples)
     if parts.val is None:
         validates = "never; there is no data.val"
     else:

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from atlas.config.checks import is_sharded
+from atlas.config.schema import Settings
 from atlas.data.protocol import spec_of
 from atlas.errors import AtlasError, ConfigError
 from atlas.run.directory import Run
-from atlas.training.build import build_data, build_model, build_optimizer, needs_spec
+from atlas.training.build import build_data, build_optimizer, create_model, needs_spec
 from atlas.training.feeding import features
-from atlas.training.feeding.stream import Fetcher, Order, on_bad, to_device
+from atlas.training.feeding.stream import Fetcher, Order, to_device
 from atlas.training.optimization import optimizer as optim
 from atlas.training.optimization.gradient import loss_of
 from atlas.training.ranks import sharding
@@ -64,30 +64,31 @@ class Report:
 
 def check(config: Mapping[str, Any], world_size: int) -> Report:
     """Build the parts of `config` and send a batch of two samples through its model."""
-    report = Report()
-    data = report.attempt("data", lambda: build_data(config))
-    if data is None and needs_spec(config):
+    report, settings = Report(), Settings.of(config)
+    data = report.attempt("data", lambda: build_data(settings))
+    if data is None and needs_spec(settings.model.target):
         return report
     spec = spec_of(data[0]) if data else None
-    model = _model(config, spec, report)
+    model = _model(settings, spec, report)
     if model is None:
         return report
-    if config.get("init_from"):
-        report.attempt("init_from", lambda: _try_source(config, model, report))
+    if settings.init_from:
+        report.attempt("init_from", lambda: _try_source(settings, model, report))
     groups = report.attempt(
         "optim.lr_multipliers",
-        lambda: optim.group_parameters(model, config["optim"]["lr_multipliers"] or {}),
+        lambda: optim.group_parameters(model, settings.optim.lr_multipliers or {}),
     )
     if groups is not None:
         optim.freeze(groups)
-        if is_sharded(config, world_size):
+        if settings.cluster.is_sharded(world_size):
             report.attempt("cluster.sharding", lambda: sharding.check(model))
         sets = [part for part in data or () if part is not None]
-        report.attempt("data.cache_features", lambda: features.check(config, model, sets))
+        if settings.data.cache_features:
+            report.attempt("data.cache_features", lambda: features.check(model, sets))
         small = [_small(group) for group in groups]
-        report.attempt("optim", lambda: build_optimizer(config, small, world_size, CPU))
+        report.attempt("optim", lambda: build_optimizer(settings, small, world_size, CPU))
     if data is not None:
-        _try_batches(config, spec, model, data, report)
+        _try_batches(settings, spec, model, data, report)
     return report
 
 
@@ -107,21 +108,23 @@ def room() -> float:
     return 1e9
 
 
-def _model(config: Mapping[str, Any], spec: Any, report: Report) -> nn.Module | None:
+def _model(settings: Settings, spec: Any, report: Report) -> nn.Module | None:
     """The model without its weights where it lets itself be built so, else with them."""
     try:
         with META:
-            return build_model(config, spec)
+            return create_model(settings.model.raw, spec, settings.seed)
     except ConfigError as error:
         report.problems += error.problems
         return None
     except Exception:  # what a constructor may do with tensors, meta tensors cannot all
-        return report.attempt("model", lambda: build_model(config, spec))
+        return report.attempt(
+            "model", lambda: create_model(settings.model.raw, spec, settings.seed)
+        )
 
 
-def _try_source(config: Mapping[str, Any], model: nn.Module, report: Report) -> None:
+def _try_source(settings: Settings, model: nn.Module, report: Report) -> None:
     """Whether the weights to start from are of such a model."""
-    reference, outputs = str(config["init_from"]), config["outputs"]
+    reference, outputs = str(settings.init_from), settings.outputs
     best = Run.find(reference, outputs).checkpoints / BEST
     size = sum(file.stat().st_size for file in best.glob("*"))
     if size > room():
@@ -147,7 +150,7 @@ def _small(group: optim.Group) -> optim.Group:
 
 
 def _try_batches(
-    config: Mapping[str, Any],
+    settings: Settings,
     spec: Any,
     model: nn.Module,
     data: tuple[Any, Any | None],
@@ -157,7 +160,7 @@ def _try_batches(
     for key, dataset, training in (("data.train", data[0], True), ("data.val", data[1], False)):
         if dataset is None:
             continue
-        batch = report.attempt(key, functools.partial(_batch, dataset, config))
+        batch = report.attempt(key, functools.partial(_batch, dataset, settings))
         if batch is None:
             continue
         what = f"model on a batch of {key}"
@@ -165,7 +168,7 @@ def _try_batches(
             trial = _try_on_meta(model.train(training), batch)
             if trial is None:
                 continue
-            if real := _with_weights(config, spec, model, f"{what}: {trial}", report):
+            if real := _with_weights(settings, spec, model, f"{what}: {trial}", report):
                 model = real
             else:
                 return
@@ -182,12 +185,14 @@ def _try_on_meta(model: nn.Module, batch: Any) -> str | None:
 
 
 def _with_weights(
-    config: Mapping[str, Any], spec: Any, model: nn.Module, why: str, report: Report
+    settings: Settings, spec: Any, model: nn.Module, why: str, report: Report
 ) -> nn.Module | None:
     """The model with its weights, unless they are too much for a machine that many people use."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if size <= room():
-        return report.attempt("model", lambda: build_model(config, spec))
+        return report.attempt(
+            "model", lambda: create_model(settings.model.raw, spec, settings.seed)
+        )
     report.unchecked.append(
         f"{why} (without weights), and {size / 1e9:.1f} GB of them are too much to try with here"
     )
@@ -198,11 +203,11 @@ def _forward(model: nn.Module, batch: Any) -> None:
     loss_of(model(batch), trained=model.training)
 
 
-def _batch(dataset: Any, config: Mapping[str, Any]) -> Any:
-    count = min(SAMPLES, len(dataset), int(config["data"]["batch_size"]))
-    seed = int(config["seed"])
-    ids = Order(len(dataset), seed).ids(0, count)
-    return Fetcher(dataset, seed, on_bad(config)).good(ids, range(count), refill=True)[1]
+def _batch(dataset: Any, settings: Settings) -> Any:
+    count = min(SAMPLES, len(dataset), settings.data.batch_size)
+    ids = Order(len(dataset), settings.seed).ids(0, count)
+    fetcher = Fetcher(dataset, settings.seed, settings.data.on_bad)
+    return fetcher.good(ids, range(count), refill=True)[1]
 
 
 def _is_meta(model: nn.Module) -> bool:

@@ -39,29 +39,23 @@ KEY = "data.cache_features=true"
 OFF = "set data.cache_features=false"
 
 
-def check(config: Mapping[str, Any], model: nn.Module, data: Sequence[Any]) -> None:
+def check(model: nn.Module, data: Sequence[Any]) -> None:
     """Raise `ConfigError` where features that are kept would be wrong, or cannot be had.
 
     `model` with what is frozen frozen; `data`: the training set and, where there is one, the
     validation set.
     """
-    if not config["data"].get("cache_features"):
-        return
     problems = [*_wrong_model(model), *(p for part in data for p in _wrong_data(part))]
     if problems:
         raise ConfigError([f"{KEY}: {problem}, or {OFF}" for problem in dict.fromkeys(problems)])
 
 
-def attach(config: Mapping[str, Any], parts: Any, device: torch.device) -> None:
-    """Let the data sets of `parts` give features in place of images, where it is wanted.
+def attach(parts: Any, precision: str, device: torch.device) -> None:
+    """Let the data sets of `parts` give features in place of images.
 
     To be called once the model has the weights that it trains with. Computes what is not there
     yet; several processes share the work.
     """
-    if not config["data"].get("cache_features"):
-        return
-
-    precision = str(config["trainer"]["precision"])
     cache = FeatureCache(
         parts.model.vision.to(device),  # a model that is to be cut over ranks is not there yet
         {"precision": precision, "device": device.type},

@@ -61,12 +61,12 @@ class Fetcher:
     is indexed sample by sample, with the global generators of Python, numpy and torch seeded from
     the sample's position, so that its augmentation does not depend on worker processes.
 
-    `on_bad` says what becomes of a sample that cannot be read: "error" raises `BadSampleError`,
+    `on_bad` says what becomes of a sample that cannot be read: "error" (and None) raises `BadSampleError`,
     "skip" takes another one (see `atlas.training.feeding.bad_samples`), also for one with a number in it that is
     not finite. "error" does not look at the numbers: the trainer notices what they do to the loss.
     """
 
-    def __init__(self, dataset: Any, seed: int, on_bad: str = "error") -> None:
+    def __init__(self, dataset: Any, seed: int, on_bad: str | None = None) -> None:
         self.dataset = dataset
         self.skips = on_bad == "skip"
         self._seed = seed
@@ -135,7 +135,7 @@ class TrainStream:
         accumulate: int,
         workers: int,
         world: World,
-        on_bad: str = "error",
+        on_bad: str | None = None,
     ) -> None:
         self.order = Order(len(dataset), seed)
         self.effective_batch = batch_size * accumulate * world.size
@@ -200,7 +200,7 @@ class ValidationStream:
         workers: int,
         batches: int | None,
         world: World,
-        on_bad: str = "error",
+        on_bad: str | None = None,
     ) -> None:
         chunks = -(-len(dataset) // batch_size)
         self._chunks = range(world.rank, min(chunks, batches or chunks), world.size)
@@ -224,11 +224,6 @@ class ValidationStream:
             self, lambda: self._chunks, self._workers, self._device
         )
         return batches
-
-
-def on_bad(config: Mapping[str, Any]) -> str:
-    """`data.on_bad`; a person's own data need not have it."""
-    return str(config["data"].get("on_bad") or "error")
 
 
 def _arguments(function: Callable[..., Any]) -> int:

@@ -531,6 +531,6 @@ def test_frames_that_are_reduced_and_enlarged_again_are_told_of(of_data, of_visi
     model.vision = nn.Module()
     model.vision.image_size = (of_vision, of_vision)
     parts = Parts(None, None, {"image_size": [of_data, of_data]}, model, [], None)
-    sizes = {"data": {"image_size": [of_data, of_data]}}
+    sizes = {"image_size": [of_data, of_data]}
     assert bool(doubts(sizes, parts)) == said
-    assert not doubts({"data": {}}, parts)  # it has no such key to set
+    assert not doubts({}, parts)  # it has no such key to set

@@ -11,6 +11,7 @@ from commands import OWN, ROOT, quick, train, unnamed
 from hydra import compose, initialize_config_dir
 from torch.profiler import ProfilerActivity, profile
 
+from atlas.config.schema import Settings
 from atlas.data.tabletop import Tabletop
 from atlas.training.build import CPU, build
 from atlas.training.dry_run import memory, plan
@@ -31,31 +32,31 @@ def own_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(OWN))
 
 
-def config(*overrides: str, base: tuple[str, ...] = SMALL) -> dict[str, Any]:
+def config(*overrides: str, base: tuple[str, ...] = SMALL) -> Settings:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         given = [f"hydra.searchpath=[file://{OWN}]", *base, *overrides]
-        return resolve(compose("config", given))
+        return Settings.of(resolve(compose("config", given)))
 
 
-def own(*overrides: str) -> dict[str, Any]:
+def own(*overrides: str) -> Settings:
     return config(*overrides, base=("experiment=quick", "cluster.device=cpu"))
 
 
-def told(asked: dict[str, Any], ranks: int = 1) -> memory.Estimate:
+def told(asked: Settings, ranks: int = 1) -> memory.Estimate:
     return memory.estimate(asked, plan.hollow(asked, ranks), ranks)
 
 
-def step(asked: dict[str, Any], parts: Parts) -> Any:
+def step(asked: Settings, parts: Parts) -> Any:
     """Forward and backward of a micro-batch with real numbers; gives the batch."""
-    batch = memory.example(asked, parts, int(asked["data"]["batch_size"]))
+    batch = memory.example(asked, parts, asked.data.batch_size)
     parts.model.train()
-    with autocast(asked["trainer"]["precision"], CPU):
+    with autocast(asked.trainer.precision, CPU):
         out = parts.model(batch)
     Sums(detailed=False).add(out).backward()
     return batch
 
 
-def allocated(asked: dict[str, Any]) -> int:
+def allocated(asked: Settings) -> int:
     """The most bytes that torch's allocator had given out at once in a step, as it says itself."""
     parts = build(asked, 1, CPU)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -128,9 +129,7 @@ def test_checkpointed_activations_are_fewer() -> None:
     ],
     ids=["adamw", "sgd with momentum", "sgd", "own", "adafactor"],
 )
-def test_weights_and_states_are_counted_to_the_byte(
-    asked: dict[str, Any], states: int | None
-) -> None:
+def test_weights_and_states_are_counted_to_the_byte(asked: Settings, states: int | None) -> None:
     parts = build(asked, 1, CPU)
     batch = step(asked, parts)
     parts.optimizer.set_rates(1)
@@ -142,7 +141,7 @@ def test_weights_and_states_are_counted_to_the_byte(
         "optimizer": memory.size_of([dict(s) for s in parts.optimizer.inner.state.values()]),
         "batch": memory.size_of(batch),
     }
-    if asked["trainer"]["ema"]:
+    if asked.trainer.ema:
         real["average"] = memory.size_of(Ema(parts.model, 0.9).state_dict())
     found = told(asked).sizes
     del found["activations"]
