@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 pytest.importorskip("minigrid", reason="minigrid is not installed (extra sim)")
 
-from commands import only_run, train
+from commands import only_run, train, unnamed
 
 from atlas.data import babyai
 from atlas.data.babyai import BabyAI
@@ -118,14 +118,16 @@ def policy(data: Any, *overrides: str) -> VLA:
 
 @pytest.mark.parametrize("head", ["l1", "flow_matching"])
 def test_discrete_actions_are_not_regressed(val: BabyAI, head: str) -> None:
-    with pytest.raises(ConfigError, match=r"are one of 7; set model/action_head=categorical"):
+    with pytest.raises(ConfigError) as raised:
         policy(val, f"model/action_head={head}")
+    assert unnamed(str(raised.value), 7, "model/action_head=categorical") == []
 
 
 def test_numbers_are_not_chosen_among() -> None:
     data = Tabletop(episodes=2, val_episodes=1)
-    with pytest.raises(ConfigError, match=r"vectors of 2 numbers; set model/action_head=l1"):
+    with pytest.raises(ConfigError) as raised:
         policy(data, "model/action_head=categorical")
+    assert unnamed(str(raised.value), 2, "model/action_head=l1") == []
 
 
 def test_statistics_of_choices_do_not_count(val: BabyAI) -> None:
@@ -135,7 +137,7 @@ def test_statistics_of_choices_do_not_count(val: BabyAI) -> None:
     other = SimpleNamespace(spec={**val.spec, "statistics": statistics})
     assert torch.equal(policy(val, head).act(batch), policy(other, head).act(batch))
     relative = SimpleNamespace(spec={**val.spec, "relative": True})
-    with pytest.raises(ConfigError, match="cannot be relative"):
+    with pytest.raises(ConfigError, match="relative"):  # the key that makes the difference
         policy(relative, head)
 
 
@@ -177,24 +179,27 @@ def test_a_run_is_evaluated_beside_what_learns_nothing(tmp_path: Path) -> None:
     assert found["rollout"]["success"] == pytest.approx(last["val/success"])
     assert found["rollout_baselines"]["bot"]["success"] == 1.0
     told = table(found)
-    assert "majority_action" in told and "wander                  success" in told
+    assert "majority_action" in told
+    assert any(unnamed(line, "wander", "success") == [] for line in told.splitlines())
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "named"),
     [
-        ({"level": "BabyAI-Nowhere-v0"}, r"data\.level=BabyAI-Nowhere-v0 is no level of minigrid"),
-        ({"episodes": 0}, r"data\.episodes=0"),
-        ({"executed": 5}, r"data\.executed=5 must be 1 to data\.horizon=4"),
-        ({"split": "test"}, "use 'train' or 'val'"),
+        ({"level": "BabyAI-Nowhere-v0"}, ["data.level=BabyAI-Nowhere-v0", "BabyAI-GoToLocal-v0"]),
+        ({"episodes": 0}, ["data.episodes=0", 1]),
+        ({"executed": 5}, ["data.executed=5", 1, "data.horizon=4"]),
+        ({"split": "test"}, ["split='test'", "'train'", "'val'"]),
     ],
 )
-def test_what_cannot_be(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_cannot_be(options: dict[str, Any], named: list[Any]) -> None:
+    with pytest.raises(ConfigError) as raised:
         BabyAI(**options)
+    assert unnamed(str(raised.value), *named) == []
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(babyai, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"needs minigrid: pip install -e '\.\[sim\]'"):
+    with pytest.raises(ConfigError) as raised:
         BabyAI()
+    assert unnamed(str(raised.value), "minigrid", "pip install -e '.[sim]'") == []

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import unnamed
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
@@ -185,17 +186,18 @@ def test_the_mean_action_is_as_far_off_as_counting_one_by_one_says(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"split": "test"}, "split='test'.*'train' or 'val'"),
-        ({"episodes": 0}, "data.episodes=0 must be at least 1"),
-        ({"horizon": -1}, "data.horizon=-1"),
-        ({"augment": 28}, "data.train.augment=28 must be 0 to 27"),
+        ({"split": "test"}, ["split='test'", "'train'", "'val'"]),
+        ({"episodes": 0}, ["data.episodes=0", 1]),
+        ({"horizon": -1}, ["data.horizon=-1", 1]),
+        ({"augment": 28}, ["data.train.augment=28", 0, 27]),
     ],
 )
-def test_wrong_values_are_named(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_wrong_values_are_named(change: dict[str, Any], named: list[Any]) -> None:
+    with pytest.raises(ConfigError) as raised:
         Tabletop(**{**SMALL, **change})
+    assert unnamed(str(raised.value), *named) == []
 
 
 def test_an_index_past_the_end_ends_the_iteration(train: Tabletop) -> None:

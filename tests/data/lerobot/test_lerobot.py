@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import unnamed
 from torch import nn
 
 av = pytest.importorskip("av", reason="av is not installed (extra vla)")
@@ -137,8 +138,11 @@ def test_split_is_by_episode(
 ) -> None:
     assert open_split(root, val_episodes=val_episodes).episodes == train
     if val is None:
-        with pytest.raises(ConfigError, match=r"val_episodes=0 .* none for the split val"):
+        with pytest.raises(ConfigError) as raised:
             open_split(root, "val", val_episodes=val_episodes)
+        assert (
+            unnamed(str(raised.value), "data.val_episodes=0", 3, f"data.root={root}", "val") == []
+        )
     else:
         assert open_split(root, "val", val_episodes=val_episodes).episodes == val
 
@@ -150,10 +154,13 @@ def test_missing_episodes_are_counted_and_left_out(
     with caplog.at_level(logging.WARNING, logger="atlas"):
         train, val = open_split(root), open_split(root, "val")
     assert (train.episodes, val.episodes, train.missing) == ([0], [2], [1])
-    assert [r.getMessage().count("1 of the 3 episodes") for r in caplog.records] == [1]
+    (told,) = caplog.messages
+    assert unnamed(told, 1, 3, 1, root / "videos/hand/000-000001.mp4") == []
     assert open_split(root, cameras=["top"]).episodes == [0, 1], "what is not read may be missing"
-    with pytest.raises(ConfigError, match=r"hand/000-000001\.mp4.*data\.on_missing=skip"):
+    with pytest.raises(ConfigError) as raised:
         open_split(root, on_missing="error")
+    wanted = (root / "videos/hand/000-000001.mp4", "data.on_missing=skip")
+    assert unnamed(str(raised.value), *wanted) == []
 
 
 def untouched(root: Path) -> None:
@@ -161,46 +168,50 @@ def untouched(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "options", "said"),
+    ("edit", "options", "named"),
     [
-        (unlink("meta/info.json"), {}, ["data.root=", "no meta/info.json"]),
-        (cut("meta/info.json", 0.5), {}, ["info.json: is not JSON"]),
-        (edit_info(codebase_version="v1.6"), {}, ["codebase_version=v1.6 is not supported"]),
-        (edit_info(fps=None), {}, ["info.json: lacks fps"]),
+        (unlink("meta/info.json"), {}, ["data.root=ROOT", "meta/info.json"]),
+        (cut("meta/info.json", 0.5), {}, ["ROOT/meta/info.json", "JSON"]),
+        (
+            edit_info(codebase_version="v1.6"),
+            {},
+            ["ROOT/meta/info.json", "codebase_version=v1.6", "v2.1", "v3.0"],
+        ),
+        (edit_info(fps=None), {}, ["ROOT/meta/info.json", "fps"]),
         (
             lambda root: (root / "meta/info.json").write_text("[]"),
             {},
-            ["info.json: is JSON without keys"],
+            ["ROOT/meta/info.json", "JSON"],
         ),
         (
             edit_info(data_path="data/{episode}.parquet"),
             {},
-            ["info.json: data_path=data/{episode}.parquet cannot be filled in", "episode_index"],
+            ["ROOT/meta/info.json", "data_path=data/{episode}.parquet", "episode_index"],
         ),
-        (untouched, {"cameras": ["hnad"]}, ["hnad is no video", "'hand'", "hand, top"]),
-        (untouched, {"cameras": []}, ["data.cameras is empty", "hand, top"]),
-        (untouched, {"cameras": "top"}, ["data.cameras=top must be a list, as [top]"]),
+        (untouched, {"cameras": ["hnad"]}, ["data.cameras", "hnad", "'hand'", "hand, top"]),
+        (untouched, {"cameras": []}, ["data.cameras", "hand, top"]),
+        (untouched, {"cameras": "top"}, ["data.cameras=top", "[top]"]),
         (
             untouched,
             {"state_key": "observation.stat", "action_key": "top"},
-            ["observation.stat is no vector", "'observation.state'", "action_key=top is no vector"],
+            ["data.state_key=observation.stat", "'observation.state'", "data.action_key=top"],
         ),
         (
             untouched,
             {"horizon": 0, "image_size": [64], "split": "vall", "on_missing": "no"},
             ["data.horizon=0", "data.image_size=[64]", "data.split=vall", "data.on_missing=no"],
         ),
-        (untouched, {"val_episodes": 3}, ["data.val_episodes=3 of the 3", "split train"]),
-        (untouched, {"action_offset": 9}, ["data.action_offset=9 is past the end"]),
+        (untouched, {"val_episodes": 3}, ["data.val_episodes=3", 3, "data.root=ROOT", "train"]),
+        (untouched, {"action_offset": 9}, ["data.action_offset=9", "train", 9]),
     ],
 )
 def test_what_is_wrong_is_named(
-    root: Path, edit: Callable[[Path], None], options: dict[str, Any], said: list[str]
+    root: Path, edit: Callable[[Path], None], options: dict[str, Any], named: list[Any]
 ) -> None:
     edit(root)
     with pytest.raises(ConfigError) as raised:
         open_split(root, **options).prepare()
-    assert [part for part in said if part not in str(raised.value)] == []
+    assert unnamed(str(raised.value).replace(str(root), "ROOT"), *named) == []
 
 
 def test_relative_targets_need_states_of_their_size(root: Path) -> None:
@@ -209,8 +220,10 @@ def test_relative_targets_need_states_of_their_size(root: Path) -> None:
     for episode, length in enumerate(LENGTHS):
         table = columns(episode, length)
         write_table(root, episode, table | {"action": table["action"][:, :2]})
-    with pytest.raises(ConfigError, match=r"action \(2 numbers\).*set data\.relative=false"):
+    with pytest.raises(ConfigError) as raised:
         open_split(root)
+    sizes = ("action", 2, "observation.state", 3)
+    assert unnamed(str(raised.value), "data.relative=true", *sizes, "data.relative=false") == []
     train, val = open_split(root, relative=False), open_split(root, "val", relative=False)
     assert (train.spec["state_dim"], train.spec["action_dim"]) == (3, 2)
     assert list(val.baselines(train)) == ["mean_action"]
@@ -220,8 +233,9 @@ def test_missing_package_is_named_with_its_command(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ConfigError, match=r"needs av: pip install -e '\.\[vla\]'"):
+    with pytest.raises(ConfigError) as raised:
         open_split(root)
+    assert unnamed(str(raised.value), "data=lerobot", "av", "pip install -e '.[vla]'") == []
 
 
 def test_importing_loads_neither_pyarrow_nor_av() -> None:
@@ -274,33 +288,41 @@ def test_a_stretch_of_a_video_is_found_from_the_key_frame_before(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "named"),
     [
-        ({"length": 9}, ["episode 2 has length=9, but goes from row 16 to 24"]),
-        ({"length": 9, "dataset_to_index": 25}, ["has 8 rows of episode 2", "length=9"]),
-        ({"videos/top/from_timestamp": 0.5}, ["has 3 frames from 0.5 s on, its table 8 rows"]),
-        ({"data/file_index": 7}, ["1 of the 3 episodes", "not there: 2", "file-007.parquet"]),
+        ({"length": 9}, ["episode 2", "length=9", 16, 24]),
+        ({"length": 9, "dataset_to_index": 25}, [8, "episode 2", "length=9"]),
+        ({"videos/top/from_timestamp": 0.5}, [3, "0.5 s", 8]),
+        ({"data/file_index": 7}, [1, 3, 2, "file-007.parquet", "data.on_missing=skip"]),
     ],
 )
 def test_what_is_wrong_with_v3_is_named(
-    root: Path, tmp_path: Path, row: dict[str, Any], said: list[str]
+    root: Path, tmp_path: Path, row: dict[str, Any], named: list[Any]
 ) -> None:
     other = write_v3(tmp_path / "v3", **row)
     with pytest.raises(ConfigError) as raised:
         open_split(other, "val", on_missing="error").prepare()
-    assert [part for part in said if part not in str(raised.value)] == []
+    assert unnamed(str(raised.value), *named) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "named"),
     [
-        ("nowhere", {}, "no such folder"),
-        ("lab/recordings", {}, r"data\.revision=TAG_OR_COMMIT"),
-        ("lab/recordings", {"revision": "v3.0"}, "hf download lab/recordings .*--revision v3.0"),
+        ("nowhere", {}, ["meta/"]),
+        ("lab/recordings", {}, ["data.revision=TAG_OR_COMMIT"]),
+        (
+            "lab/recordings",
+            {"revision": "v3.0"},
+            ["hf download lab/recordings", "--revision v3.0", "no network", "data.root=FOLDER"],
+        ),
     ],
 )
 def test_hub_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], said: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: dict[str, Any],
+    named: list[str],
 ) -> None:
     hub = pytest.importorskip("huggingface_hub")
 
@@ -309,8 +331,9 @@ def test_hub_names(
 
     monkeypatch.setattr(hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError) as raised:
         LeRobot(name, **options)
+    assert unnamed(str(raised.value), f"data.root={name}", *named) == []
 
 
 def test_a_hub_name_is_read_from_the_hubs_own_folder(
@@ -328,8 +351,10 @@ def test_a_hub_name_is_read_from_the_hubs_own_folder(
     data = LeRobot("lab/recordings", revision="abc", val_episodes=1)
     assert len(data) == 16
     assert asked == {"name": "lab/recordings", "repo_type": "dataset", "revision": "abc"}
-    with pytest.raises(ConfigError, match=r"data\.revision=abc is for data sets on the hub"):
+    with pytest.raises(ConfigError) as raised:
         LeRobot(root, revision="abc")
+    wanted = ("data.revision=abc", f"data.root={root}", "data.revision=null")
+    assert unnamed(str(raised.value), *wanted) == []
 
 
 @pytest.mark.parametrize(("interval", "step"), [(None, 1), (0.1, 1), (0.2, 2), (0.3, 3)])
@@ -344,8 +369,9 @@ def test_chunks_by_time(root: Path, interval: float | None, step: int) -> None:
 
 
 def test_an_interval_is_a_number_of_frames(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.interval=0\.25 s is 2\.5 frames .* such as 0\.2"):
+    with pytest.raises(ConfigError) as raised:
         open_split(root, interval=0.25)
+    assert unnamed(str(raised.value), "data.interval=0.25", 2.5, FPS, 0.2) == []
 
 
 def test_percentiles(root: Path) -> None:
@@ -377,16 +403,19 @@ def test_augmentation_is_of_the_seed_alone(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("augment", "said"),
+    ("augment", "named"),
     [
-        ({"crop": 0.95}, r"data\.augment\.crop=0\.95"),
-        ({"color": 0.1}, r"data\.augment\.color is unknown; did you mean 'colour'"),
-        ({"except_for": "wrist"}, r"must be a list, as \[wrist\]"),
+        ({"crop": 0.95}, ["data.augment.crop=0.95", 0, 0.9]),
+        ({"color": 0.1}, ["data.augment.color", "colour", "colour"]),
+        ({"except_for": "wrist"}, ["data.augment.except_for=wrist", "[wrist]"]),
     ],
 )
-def test_augmentations_that_cannot_be(root: Path, augment: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_augmentations_that_cannot_be(
+    root: Path, augment: dict[str, Any], named: list[Any]
+) -> None:
+    with pytest.raises(ConfigError) as raised:
         open_split(root, augment=augment)
+    assert unnamed(str(raised.value), *named) == []
 
 
 def test_a_crop_shows_a_part_of_the_image() -> None:
@@ -445,10 +474,10 @@ def test_several_processes_decode_at_once(root: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to(root: Path) -> None:
     (root.parent / "cache").write_text("a file where a folder is wanted")
-    with pytest.raises(
-        ConfigError, match=r"data\.cache_dir: cannot write frames to .*cache_dir=DIR"
-    ):
+    with pytest.raises(ConfigError) as raised:
         open_split(root).prepare()
+    wanted = ("data.cache_dir", root.parent / "cache", "data.cache_dir=DIR")
+    assert unnamed(str(raised.value), *wanted) == []
 
 
 @pytest.mark.parametrize("relative", [True, False])
