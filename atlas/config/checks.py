@@ -17,8 +17,8 @@ from atlas.errors import ConfigError, nearest
 SECRETS = ("token", "password", "secret", "api_key", "access_key")  # whole words of a key's name
 IN_URI = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # user and password in an address
 
-STORES = ("sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")  # beside http and https
-IN_ADDRESS = re.compile(r"\?|%[0-9a-fA-F]{2}")  # what has a meaning of its own in an address
+STORES = ("sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")  # and http, https
+IN_ADDRESS = re.compile(r"\?|%[0-9a-fA-F]{2}")  # characters with a meaning in an address
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -57,8 +57,8 @@ def _missing(config: Mapping[str, Any]) -> Iterator[str]:
     for key, spec in KEYS.items():
         found, _ = lookup(config, key)
         # A section that the user wrote may leave out what may be null; Atlas's own sections may not.
-        own = "." not in key or key.startswith(tuple(f"{section}." for section in CLOSED))
-        if not found and not spec.optional and (own or not spec.null):
+        is_atlas_own = "." not in key or key.startswith(tuple(f"{name}." for name in CLOSED))
+        if not found and not spec.optional and (is_atlas_own or not spec.null):
             yield spec.missing(key)
 
 
@@ -124,7 +124,7 @@ def _is_secret(key: str, value: Any) -> bool:
 
 def _relations(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with two values together; other checks report invalid single values."""
-    steps, warmup = _good(config, "trainer.steps"), lookup(config, "schedule.warmup")[1]
+    steps, warmup = _valid(config, "trainer.steps"), lookup(config, "schedule.warmup")[1]
     if steps and isinstance(warmup, int) and warmup >= steps:
         yield (
             f"schedule.warmup={warmup} must be below trainer.steps={steps}; "
@@ -132,14 +132,14 @@ def _relations(config: Mapping[str, Any]) -> Iterator[str]:
         )
     if config.get("resume") and config.get("fresh") is True:
         yield "resume and fresh=true contradict each other; give one of them"
-    sharding = _good(config, "cluster.sharding")
-    if sharding and _good(config, "trainer.compile"):
+    sharding = _valid(config, "cluster.sharding")
+    if sharding and _valid(config, "trainer.compile"):
         yield (
             f"cluster.sharding={sharding} and trainer.compile=true cannot be combined: weights are "
             "gathered between the parts of a compiled model; set trainer.compile=false or "
             "cluster.sharding=null"
         )
-    patience, (_, val) = _good(config, "trainer.patience"), lookup(config, "data.val")
+    patience, (_, val) = _valid(config, "trainer.patience"), lookup(config, "data.val")
     if patience and val is None:
         yield (
             f"trainer.patience={patience} counts validations, and data.val is null; "
@@ -147,16 +147,16 @@ def _relations(config: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _good(config: Mapping[str, Any], key: str) -> Any:
+def _valid(config: Mapping[str, Any], key: str) -> Any:
     """Return the value of `key` if it is valid, else None."""
     value = lookup(config, key)[1]
     return None if KEYS[key].problem(value) else value
 
 
 def _store(config: Mapping[str, Any]) -> Iterator[str]:
-    if _good(config, "tracking.kind") != "mlflow":
+    if _valid(config, "tracking.kind") != "mlflow":
         return
-    uri, name = _good(config, "tracking.uri"), "tracking.uri"
+    uri, name = _valid(config, "tracking.uri"), "tracking.uri"
     if not uri:
         uri, name = os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
     if uri and not _is_store(uri):
@@ -181,25 +181,29 @@ def _is_store(uri: str) -> bool:
 
 
 def _paths(config: Mapping[str, Any]) -> Iterator[str]:
-    name = _good(config, "name")
+    name = _valid(config, "name")
     if name is not None and (not name or "/" in name or name.startswith(".")):
         yield f"name={name!r} must be the name of one folder below outputs, without / or a leading dot"
-    if given := _good(config, "outputs"):
-        outputs = Path(given).absolute()
-        existing = next(p for p in (outputs, *outputs.parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            yield f"outputs={given}: {existing} is not a folder that you can write to"
-        kind, uri = _good(config, "tracking.kind"), _good(config, "tracking.uri")
-        own_store = kind == "mlflow" and not (uri or os.environ.get("MLFLOW_TRACKING_URI"))
-        if own_store and IN_ADDRESS.search(str(outputs)):
-            yield (
-                f"outputs={given}: MLflow interprets ? and %20 in the path of its database as parts of "
-                "an address; use another folder, or set tracking.uri or tracking=none"
-            )
+    if outputs := _valid(config, "outputs"):
+        yield from _outputs(config, outputs)
     root = lookup(config, "data.root")[1]
     on_hub = lookup(config, "data.revision")[1] is not None
     if isinstance(root, str) and root != "???" and not on_hub and not Path(root).exists():
         yield (
             f"data.root={root} does not exist; give the folder of the data set, or its name on the "
             "hub together with data.revision"
+        )
+
+
+def _outputs(config: Mapping[str, Any], outputs: str) -> Iterator[str]:
+    folder = Path(outputs).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield f"outputs={outputs}: {existing} is not a folder that you can write to"
+    uri = _valid(config, "tracking.uri") or os.environ.get("MLFLOW_TRACKING_URI")
+    has_own_store = _valid(config, "tracking.kind") == "mlflow" and not uri
+    if has_own_store and IN_ADDRESS.search(str(folder)):
+        yield (
+            f"outputs={outputs}: MLflow interprets ? and %20 in the path of its database as parts of "
+            "an address; use another folder, or set tracking.uri or tracking=none"
         )

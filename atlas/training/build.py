@@ -1,4 +1,4 @@
-"""From a frozen configuration to the objects that train: data, model, optimizer, schedule."""
+"""Building what trains from the settings of a run: data, model, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ CPU = torch.device("cpu")
 
 
 def build(settings: Settings, world_size: int, device: torch.device) -> Parts:
-    """Instantiate everything of `config`; what is wrong is raised as one `ConfigError`.
+    """Return the parts of a run; raise `ConfigError` if they cannot be built or do not fit together.
 
-    On the meta device the model has no weights, and is built without the memory for them.
+    On the meta device the model is built without memory for its weights, which have no values then.
     """
     check_precision(settings.trainer.precision, device)
     train, val = build_data(settings)
@@ -42,7 +42,7 @@ def build(settings: Settings, world_size: int, device: torch.device) -> Parts:
     hollow = device.type == "meta"
     with device if hollow else contextlib.nullcontext():
         model = create_model(settings.model.raw, spec, settings.seed)
-    # What is cut over the ranks need not fit a device before it is.
+    # A model that will be sharded across ranks need not fit one device before it is.
     is_sharded = settings.cluster.is_sharded(world_size)
     model.to(CPU if is_sharded and not hollow else device)
     groups, optimizer = arrange(settings, model, world_size, device)
@@ -56,14 +56,14 @@ def build(settings: Settings, world_size: int, device: torch.device) -> Parts:
 def arrange(
     settings: Settings, model: nn.Module, world_size: int, device: torch.device
 ) -> tuple[list[optim.Group], optim.Optimizer]:
-    """The groups of `model`'s parameters, some of them frozen by this, and the optimizer over them."""
+    """Freeze what has rate 0; return the groups of parameters and the optimizer over them."""
     groups = optim.group_parameters(model, settings.optim.lr_multipliers or {})
     optim.freeze(groups)
     return groups, build_optimizer(settings, groups, world_size, device)
 
 
 def doubts(data: Mapping[str, Any], parts: Parts) -> list[str]:
-    """What is allowed and likely to be a mistake; for a person to read."""
+    """Return a sentence about everything that is permitted and probably a mistake."""
     there = (parts.spec or {}).get("image_size")
     model: Any = parts.model
     vision: Any = model.vision if offers(model, HasVision) else None
@@ -79,7 +79,7 @@ def doubts(data: Mapping[str, Any], parts: Parts) -> list[str]:
 
 
 def build_data(settings: Settings) -> tuple[Any, Any | None]:
-    """The training and the validation set (None where `data.val` is null)."""
+    """Return the training and the validation set (None if `data.val` is null)."""
     train = create(settings.data.train, "data.train")
     check_dataset(train, "data.train")
     if needs_spec(settings.model.target) and spec_of(train) is None:
@@ -121,15 +121,11 @@ def create_model(node: Mapping[str, Any], spec: Mapping[str, Any] | None, seed: 
 def build_optimizer(
     settings: Settings, groups: list[optim.Group], world_size: int, device: torch.device
 ) -> optim.Optimizer:
-    """The optimizer over `groups`, with the scaled base rate and the run's schedule."""
+    """Return the optimizer over `groups`, with the run's learning rate."""
     factory = create(settings.optim.optimizer, "optim.optimizer")
     optim.check_fused(factory, device)
     try:
-        return optim.Optimizer(
-            groups,
-            factory,
-            rate=learning_rate(settings, world_size),
-        )
+        return optim.Optimizer(groups, factory, rate=learning_rate(settings, world_size))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim.optimizer: {error}") from error
 
@@ -146,8 +142,8 @@ def learning_rate(settings: Settings, world_size: int) -> LearningRate:
 
 
 def create(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
-    """`hydra.utils.instantiate`, with the configuration's key in the error."""
-    # Not as a plain dictionary: lists and dictionaries inside would become OmegaConf's own types.
+    """Return the object that `node` describes; name the configuration's `key` in any error."""
+    # `_convert_`: otherwise lists and mappings inside would become OmegaConf's own types.
     config = OmegaConf.create({**node, "_convert_": "all"})
     try:
         return instantiate(config, **extra)
@@ -167,12 +163,12 @@ def needs_spec(target: str) -> bool:
 def _spec_parameter(target: str) -> inspect.Parameter | None:
     try:
         return inspect.signature(get_class(target)).parameters.get("spec")
-    except Exception:  # not a class, or not there: instantiating it gives the better error
+    except Exception:  # no such class: instantiating it raises the better error
         return None
 
 
 def _raised_inside(cause: BaseException) -> bool:
-    """Whether `cause` comes from the constructor's own code rather than from calling it."""
+    """Return whether `cause` was raised in the constructor's own code, not by calling it wrongly."""
     trace = cause.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
