@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         outlive()
     trusted, rest = take_option(sys.argv[1:] if argv is None else argv, trust.OPTION)
-    trust.add(trusted)
+    trust.add_prefixes(trusted)
     args = parser.parse_args(rest)
     try:
         return COMMANDS[args.command].run(args)

@@ -32,7 +32,7 @@ def main(path: str | Path) -> int:
     """Train the run in directory `path` as the rank that the environment says."""
     run = Run(path)
     rank = int(os.environ.get("RANK", 0))
-    trust.use_modules(run.config_file, run.read_config()["run"]["sys_path"])
+    trust.extend_sys_path(run.config_file, run.read_config()["run"]["sys_path"])
     with logged(run, rank):
         try:
             with Stop() as stop, held(run, rank) as lock:

@@ -8,7 +8,7 @@ from typing import Any
 
 from atlas.errors import ConfigError
 from atlas.run.directory import Run
-from launchers.devices import visible_gpus
+from atlas.system.devices import visible_gpus
 
 
 class Handle(abc.ABC):

@@ -19,15 +19,17 @@ from atlas.config.checks import check, not_set
 from atlas.config.dotted import flatten
 from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, AtlasError, ConfigError
 from atlas.run import trust
-from atlas.run.directory import Command, Run
-from atlas.run.resume import adopt, announce, check_source, keep_effective_batch
+from atlas.run.directory import Run
+from atlas.run.provenance import Provenance
+from atlas.run.resume import adopt, announce, keep_effective_batch, require_source
 from atlas.run.status import State
-from atlas.run.summary import outline, summary
+from atlas.run.summary import summary
 from atlas.system.terminal import outlive
 from atlas.version import ROOT
 from launchers import command_line, torchrun
 from launchers.base import Launcher
 from launchers.command_line import CommandLine
+from launchers.dry_run import print_plan
 from launchers.hydra_errors import explain, first_line, is_hydras, is_of_a_file
 from launchers.local.ranks import warm_context
 
@@ -43,7 +45,7 @@ def start(main: Callable[[], Any], takes_file: bool = False) -> None:
     outlive()
     sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
     typed = command_line.parse(sys.argv[1:], takes_file)
-    trust.add(typed.trusted)
+    trust.add_prefixes(typed.trusted)
 
     def compose() -> None:
         sys.argv[1:] = typed.arguments()
@@ -66,28 +68,28 @@ def launch(cfg: DictConfig) -> None:
 
 
 def _launch(cfg: DictConfig) -> None:
-    command = _command()
+    provenance = _provenance()
     config = resolve(cfg)
     if config.get("resume"):
-        config = adopt(config, command)
+        config, provenance = adopt(config, provenance)
     check(config)
-    check_source(config)
+    require_source(config)
     config["outputs"] = str(Path(config["outputs"]).absolute())
     launcher = launcher_of(config)
     launcher.check()
     run = _run_of(config, launcher.world_size)
     if config["dry_run"]:
-        describe(run, config, launcher)
+        print_plan(run, config, launcher)
         return
     if run.judge_state() is State.FINISHED and not config["fresh"]:
         print(summary(run))
         return
-    run.refuse_if_live()  # before it is said to go on
-    announce(run, config, launcher.world_size, command)
+    run.refuse_if_live()  # before anything is printed about resuming it
+    announce(run, config, launcher.world_size, provenance)
     launcher.preflight([config])
     if config["fresh"] and (aside := run.move_aside()):
         print(f"moved the run that was there aside: {aside}")
-    run.create(config, launcher.world_size, command)
+    run.create(config, launcher.world_size, provenance)
     print(f"run {run.id} in {run.path}", flush=True)
     for handle in launcher.submit([run]):
         if text := handle.describe():
@@ -107,19 +109,9 @@ def launcher_of(config: dict[str, Any]) -> Launcher:
     return torchrun.TorchrunLauncher(cluster["device"], cluster.get("sharding"))
 
 
-def describe(run: Run, config: dict[str, Any], launcher: Launcher) -> None:
-    """Print the plan; nothing is written or started."""
-    print(outline(run, config, launcher), flush=True)
-    from atlas.training.dry_run.plan import detail
-
-    print(detail(config, launcher.world_size, launcher.is_remote))
-    if script := launcher.script(run, config):
-        print(f"\n{script}")
-
-
 def _run_of(config: dict[str, Any], world_size: int) -> Run:
     if not config["resume"]:
-        return Run.plan(config, world_size)
+        return Run.locate(config, world_size)
     run = Run.find(config["resume"], config["outputs"])
     keep_effective_batch(config, run, world_size)
     return run
@@ -193,6 +185,6 @@ def own_modules(hydra: Any) -> list[str]:
     return own
 
 
-def _command() -> Command:
+def _provenance() -> Provenance:
     hydra = HydraConfig.get()
-    return Command(list(hydra.overrides.task), own_modules(hydra))
+    return Provenance.collect(list(hydra.overrides.task), own_modules(hydra))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from atlas.config.checks import check
 from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, AtlasError, ConfigError
 from atlas.record.sweep import Sweep, score
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
+from atlas.run.provenance import Provenance
 from atlas.run.status import State
 from launchers.base import Handle, Launcher
 
@@ -79,13 +80,13 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
     `modules` are the folders of the person's own code, which the runs' workers need too.
     """
     _check_all(jobs)
-    command = Command([], modules)
+    origin = Provenance.collect([], modules)
     started: dict[Path, Started] = {}
     for launcher, members in _by_launcher(jobs):
         todo: list[Started] = []
         twice = 0
         for job in members:
-            run = Run.plan(job.config, launcher.world_size)
+            run = Run.locate(job.config, launcher.world_size)
             if run.path in started:
                 twice += 1  # the same values, or the same written in another way
                 continue
@@ -95,10 +96,9 @@ def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
         launcher.preflight([each.job.config for each in todo])
         sweep = sweep_of(list(started.values()))
         sweep.write()
-        command.sweep = sweep.id
         for each in todo:
-            command.overrides = each.job.overrides
-            each.run.create(each.job.config, launcher.world_size, command)
+            typed = replace(origin, overrides=each.job.overrides, sweep=sweep.id)
+            each.run.create(each.job.config, launcher.world_size, typed)
         runs = len(members) - twice
         print(
             f"{len(todo)} of {runs} runs to start, {runs - len(todo)} finished or at work already"

@@ -14,7 +14,8 @@ from atlas.config.schema import KEYS
 from atlas.errors import ConfigError, nearest
 from atlas.run import failures
 from atlas.run.status import State, Status
-from atlas.run.summary import outline, summary
+from atlas.run.summary import summary
+from launchers.dry_run import outline
 
 CONFIG: dict[str, Any] = {
     "data": {"batch_size": 8},
@@ -82,7 +83,7 @@ the newest 2 and the best are kept""",
         """\
 run 0123456789 is finished: step 1500 of 1500, 1970-01-01 00:00:00
   results o/a/0123456789
-  the same command with fresh=true starts over and keeps what is there""",
+  to start over: the same command with fresh=true (this run is kept)""",
     ),
     "a killed run": (
         killed,
@@ -91,7 +92,7 @@ run 0123456789 is killed (stopped by SIGTERM): step 600 of 1500, 1970-01-01 00:0
   best val/loss 0.25 at step 500
   last val/loss 0.3
   results o/a/0123456789
-  the same command goes on from here, and so does: python train.py resume=0123456789""",
+  to resume it: the same command, or python train.py resume=0123456789""",
     ),
     "the end of a failed rank's log": (
         failed,

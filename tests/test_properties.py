@@ -21,7 +21,8 @@ from atlas.config.checks import check
 from atlas.config.dotted import flatten
 from atlas.config.schema import KEYS
 from atlas.errors import AtlasError
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
+from atlas.run.provenance import Provenance
 from atlas.run.resume import adopt, check_source
 from atlas.run.summary import outline
 from launchers.command_line import CommandLine
@@ -124,14 +125,14 @@ def override() -> st.SearchStrategy[str]:
 def plan(overrides: list[str]) -> str:
     """All that train.py does with `overrides` up to the plan: every step that needs no torch."""
     config = resolve(compose("config", overrides))
-    command = Command(overrides)
+    command = Provenance.collect(overrides)
     if config.get("resume"):
         config = adopt(config, command)
     check(config)
     check_source(config)
     launcher = launcher_of(config)
     launcher.check()
-    run = Run.plan(config, launcher.world_size)
+    run = Run.locate(config, launcher.world_size)
     return outline(run, config, launcher)
 
 
@@ -145,7 +146,7 @@ def quick_commands(conf: None) -> Iterator[None]:
     """The state of the code is asked of git, a hundred times slower than all else here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atlas.run.directory.code_state", lambda folder: code_state())
-        patch.setattr("launchers.devices._count", lambda: 0)
+        patch.setattr("atlas.system.devices._count", lambda: 0)
         yield
 
 

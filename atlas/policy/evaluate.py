@@ -32,7 +32,7 @@ from atlas.policy.export import made
 from atlas.policy.policy import Policy, load_policy
 from atlas.protocol import offers
 from atlas.run.directory import Run
-from atlas.run.trust import config_of
+from atlas.run.trust import read_trusted_config
 from atlas.system.files import write_json
 from atlas.training.build import build_data
 from atlas.training.feeding.randomness import StepSeeds
@@ -52,7 +52,7 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
     """
     folder = made(out or run.path)  # known to be there before what takes minutes
     policy = load_policy(run.path, device)
-    settings = Settings.of(config_of(run))
+    settings = Settings.of(read_trusted_config(run))
     train, val = build_data(settings)
     if val is None:
         raise AtlasError(f"run {run.id} has data.val=null: there are no held-out episodes")

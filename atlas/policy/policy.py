@@ -14,8 +14,8 @@ from torch import nn
 from atlas.errors import AtlasError
 from atlas.models.pretrained import without_weights
 from atlas.policy import export
-from atlas.run import trust as whose
 from atlas.run.directory import Run
+from atlas.run.trust import extend_sys_path, require_trust
 from atlas.training.build import build_model
 from atlas.training.feeding.stream import to_device
 from atlas.training.ranks.world import choose_device
@@ -119,9 +119,9 @@ def load_policy(run: str | Path, device: str = "auto", trust: Sequence[str] = ()
     exported = export.is_export(run)
     saved = export.read(run) if exported else export.read_run(Run(run))
     file = Path(run) / export.POLICY if exported else Run(run).config_file
-    whose.use_modules(file, saved.config["run"]["sys_path"], trust)
+    extend_sys_path(file, saved.config["run"]["sys_path"], trust)
     # A policy is a model: what else the configuration names is not made.
-    whose.check(file, {"model": saved.config["model"]}, trust)
+    require_trust(file, {"model": saved.config["model"]}, trust)
     with without_weights():  # all weights are in `saved`
         model = build_model(saved.config, saved.spec)
     load_weights(model, saved.weights, str(run))

@@ -1,33 +1,31 @@
-"""A run: its configuration, its directory and the files in it."""
+"""A run: its directory and the files in it."""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import glob
 import json
-import shlex
 import socket
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from atlas.config.checks import without_secret
 from atlas.errors import AtlasError, RunBusyError
-from atlas.run.code_version import code_state
 from atlas.run.identity import identity, run_id
 from atlas.run.lock import Lock
+from atlas.run.provenance import Provenance
 from atlas.run.status import State, Status
 from atlas.system.files import guarded, write_json, write_text
-from atlas.version import ROOT
 
 
 class Run:
-    """One run, found by its directory; every path in that directory is a property here."""
+    """One run, found by its directory.
+
+    Properties are paths; what reads or writes a file is a method.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -57,7 +55,7 @@ class Run:
         return self.path / "checkpoints"
 
     def newest_step(self) -> int:
-        """Updates that the newest checkpoint has, without a look into it; 0 where there is none."""
+        """Return the number of updates in the newest checkpoint by its name, 0 without one."""
         return max(
             (int(p.name) for p in self.checkpoints.glob("[0-9]*") if p.name.isdigit()), default=0
         )
@@ -68,11 +66,11 @@ class Run:
 
     @property
     def failure_file(self) -> Path:
-        """What the first rank to fail had to say, in the last attempt."""
+        """The record that the first rank to fail in the last attempt wrote."""
         return self.logs / "failure.json"
 
     def read_failure(self) -> dict[str, Any] | None:
-        """The record in `failure_file`, if a rank has failed."""
+        """Return the record in `failure_file`, None if no rank has failed."""
         try:
             return dict(json.loads(self.failure_file.read_text()))
         except (FileNotFoundError, ValueError):
@@ -84,7 +82,7 @@ class Run:
 
     @property
     def evaluation_file(self) -> Path:
-        """What `atlas evaluate` has measured."""
+        """The results of `atlas evaluate`."""
         return self.path / "evaluation.json"
 
     @property
@@ -93,19 +91,24 @@ class Run:
 
     @property
     def mlflow_file(self) -> Path:
-        """What the shipper remembers: the MLflow run and how far the journal has been sent."""
+        """The MLflow run, and how much of the journal has been sent to it."""
         return self.path / "mlflow.json"
 
     @property
     def lock(self) -> Lock:
-        """A new handle on the lock; hold on to the one that you acquire."""
+        """A new handle on the lock: release the one that you acquired."""
         return Lock(self.path / "lock.json")
 
     def exists(self) -> bool:
+        """Return whether the run has been created."""
         return self.config_file.exists()
 
     def read_config(self) -> dict[str, Any]:
-        """The frozen configuration as plain values; `run` is the head that Atlas added."""
+        """Return the frozen configuration as plain values; `run` is the head that Atlas added.
+
+        Parsing takes milliseconds: read it once a process and pass it on. Raise `AtlasError` if the
+        file is damaged.
+        """
         try:
             with open(self.config_file) as file:
                 found = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -114,16 +117,12 @@ class Run:
         if not isinstance(found, dict):
             raise AtlasError(
                 f"{self.config_file} is damaged: it holds no configuration; the command that "
-                "started the run writes it anew"
+                "started the run writes it again"
             )
         return found
 
-    def use_modules(self) -> None:
-        """Put the folders of the person's own modules on `sys.path`, as they were at submit."""
-        use_modules(self.read_config()["run"]["sys_path"])
-
     def read_identity(self) -> dict[str, Any]:
-        """The part of the configuration that the id hashes."""
+        """Return the part of the configuration that the id hashes."""
         config = self.read_config()
         return identity(config, config["run"]["world_size"])
 
@@ -145,9 +144,9 @@ class Run:
         return recorded
 
     def update_status(self, **changes: Any) -> None:
-        """Replace `status.json` atomically by itself with `changes`; see the verbs in `atlas.run.status`."""
+        """Write `changes` into `status.json`, atomically; the verbs are in `atlas.run.status`."""
         status = {**self._stored_status(), **changes, "updated": round(time.time(), 3)}
-        with contextlib.suppress(FileNotFoundError, ValueError):  # not there yet, or torn
+        with contextlib.suppress(FileNotFoundError, ValueError):  # missing or torn
             status["mlflow_run_id"] = json.loads(self.mlflow_file.read_text()).get("run_id")
         write_json(self.status_file, status)
 
@@ -158,14 +157,17 @@ class Run:
             return {}
 
     @classmethod
-    def plan(cls, config: Mapping[str, Any], world_size: int) -> Run:
-        """Where the run of a resolved `config` lives, without touching the disk."""
+    def locate(cls, config: Mapping[str, Any], world_size: int) -> Run:
+        """Return the run of a resolved `config`, without a look at the disk."""
         name = run_id(identity(config, world_size))
         return cls(Path(config["outputs"]) / str(config["name"]) / name)
 
     @classmethod
     def find(cls, reference: str, outputs: str | Path) -> Run:
-        """The run that `reference` names: a directory, or an id (or its unique beginning)."""
+        """Return the run that `reference` names: a directory, an id, or its unique beginning.
+
+        Raise `AtlasError` if it names no run below `outputs`, or several.
+        """
         if (Path(reference) / "config.yaml").exists():
             return cls(reference)
         found = sorted(Path(outputs).glob(f"*/{glob.escape(reference)}*/config.yaml"))
@@ -178,22 +180,22 @@ class Run:
             + "".join(f"\n  {path.parent}" for path in found[:10])
         )
 
-    def create(self, config: Mapping[str, Any], world_size: int, command: Command) -> None:
-        """Make the directory, freeze `config` in it and write the first status.
+    def create(self, config: Mapping[str, Any], world_size: int, provenance: Provenance) -> None:
+        """Create the directory, freeze `config` in it and write the first status.
 
-        An existing run keeps its status: only its frozen configuration is renewed, which can differ
-        in what the id does not hash. A live one is refused with `RunBusyError`.
+        A run that exists keeps its status; only its frozen configuration is replaced, which can
+        differ in what the id does not hash. Raise `RunBusyError` if a live process writes the run.
         """
         with guarded(self.path.parent):
             self.refuse_if_live()
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            write_text(self.config_file, self._frozen(config, world_size, command))
+            write_text(self.config_file, self._frozen(config, world_size, provenance))
             if not self._stored_status():
-                self.update_status(**self._first_status(config, world_size, command))
+                self.update_status(**self._first_status(config, world_size, provenance))
 
     def refuse_if_live(self) -> None:
-        """Raise `RunBusyError` where another live process writes this run."""
+        """Raise `RunBusyError` if another live process writes this run."""
         holder = self.lock.live_holder()
         if holder:
             raise RunBusyError(
@@ -203,7 +205,7 @@ class Run:
             )
 
     def move_aside(self) -> Path | None:
-        """Rename the directory to `<id>.old-N`; nothing is deleted. Returns the new path."""
+        """Rename the directory to `<id>.old-N`, without deleting anything; return the new path."""
         with guarded(self.path.parent):
             if not self.path.exists():
                 return None
@@ -214,15 +216,15 @@ class Run:
             self.path.rename(aside)
         return aside
 
-    def _frozen(self, config: Mapping[str, Any], world_size: int, command: Command) -> str:
+    def _frozen(self, config: Mapping[str, Any], world_size: int, provenance: Provenance) -> str:
         head = {
             "id": self.id,
             "world_size": world_size,
-            "overrides": list(command.overrides),
-            "sweep": command.sweep,
-            "command": command.line,
-            "sys_path": list(command.sys_path),
-            "code": command.code,
+            "overrides": list(provenance.overrides),
+            "sweep": provenance.sweep,
+            "command": provenance.line,
+            "sys_path": list(provenance.sys_path),
+            "code": dict(provenance.code),
         }
         body = {"run": head, **{k: v for k, v in config.items() if k != "run"}}
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -230,7 +232,7 @@ class Run:
         return f"# Frozen configuration of Atlas run {self.id}; read it, do not edit it.\n{text}"
 
     def _first_status(
-        self, config: Mapping[str, Any], world_size: int, command: Command
+        self, config: Mapping[str, Any], world_size: int, provenance: Provenance
     ) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -249,31 +251,6 @@ class Run:
             "job_id": None,
             "mlflow_run_id": None,
             "created": round(time.time(), 3),
-            "command": command.line,
-            "git": command.code,
+            "command": provenance.line,
+            "git": dict(provenance.code),
         }
-
-
-class Command:
-    """What the person typed, and from where: kept with the run so that it can be typed again."""
-
-    def __init__(self, overrides: Sequence[str], sys_path: Sequence[str] = ()) -> None:
-        self.overrides = list(overrides)
-        self.sweep: str | None = None  # id of the sweep that the run is part of
-        self.sys_path = [str(Path(entry).absolute()) for entry in sys_path]
-        self.line = shlex.join(["python", *map(without_secret, sys.orig_argv[1:])])
-        self.code = code_state(Path(self.sys_path[0]) if self.sys_path else ROOT)
-        if self.sys_path:
-            self.code["atlas"] = code_state(ROOT)["digest"]
-
-
-def use_modules(folders: Sequence[str]) -> None:
-    """Put `folders` on `sys.path`, in their order, ahead of what is there."""
-    for entry in reversed(folders):
-        if entry not in sys.path:
-            sys.path.insert(0, entry)
-
-
-def when(seconds: float) -> str:
-    """A time stamp as local time for a person."""
-    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

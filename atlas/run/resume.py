@@ -1,59 +1,65 @@
-"""Going on with a run that is there: by `resume=`, or by the same command again."""
+"""Resuming a run that exists: by `resume=`, or by the same command again."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from atlas.config.dotted import flatten
 from atlas.config.schema import BATCH_SPLIT, KEYS
 from atlas.errors import AtlasError, ConfigError
 from atlas.run import trust
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
 from atlas.run.identity import effective_batch, identity, is_excluded
+from atlas.run.provenance import Provenance, describe_code
 from atlas.run.status import State
 
-# Typed beside `resume=` these say where the run is and how to go on, not what it is.
+# Next to `resume=` these say where the run is, not what it is.
 LOCATORS = ("resume", "outputs", "name")
 
 
-def adopt(config: Mapping[str, Any], command: Command) -> dict[str, Any]:
-    """The configuration of the run that `resume` names, with what was typed beside it.
+def adopt(config: Mapping[str, Any], typed: Provenance) -> tuple[dict[str, Any], Provenance]:
+    """Return the configuration of the run that `resume` names, and its provenance.
 
-    Only what does not change the result can be typed: anything else is an error that names it.
-    The run's own overrides and modules become those of `command`.
+    What was `typed` next to `resume=` is taken over unless it would change the result, which raises
+    `ConfigError` naming each such key. The run's overrides stay its own; its folders of modules
+    follow those that were typed.
     """
     run = Run.find(str(config["resume"]), config["outputs"])
     head = run.read_config()["run"]
-    trust.use_modules(run.config_file, head["sys_path"])
-    adopted = copy.deepcopy(trust.config_of(run))
+    trust.extend_sys_path(run.config_file, head["sys_path"])
+    adopted = copy.deepcopy(trust.read_trusted_config(run))
     del adopted["run"]
-    adopted["fresh"] = False  # how the run was begun, not how it goes on
+    adopted["fresh"] = False  # it says how the run began, not how it is resumed
     add_new_keys(adopted)
-    typed = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in command.overrides]
-    foreign = [k for k in typed if not is_excluded(k) and k not in BATCH_SPLIT]
+    keys = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in typed.overrides]
+    foreign = [k for k in keys if not is_excluded(k) and k not in BATCH_SPLIT]
     if foreign:
         raise ConfigError(
             [
-                f"{key} cannot be changed together with resume={config['resume']}: the run goes on "
-                "with its own configuration; without resume= it is another run"
+                f"{key} cannot be changed together with resume={config['resume']}: a run is resumed "
+                "with its own configuration; without resume= this is another run"
                 for key in foreign
             ]
         )
-    for key in typed:
+    for key in keys:
         if key not in LOCATORS:
             _copy(config, adopted, key.replace("/", "."))
-    command.overrides = head["overrides"]
-    if trust.is_own(run.config_file) or trust.trusted():
-        command.sys_path = list(dict.fromkeys([*command.sys_path, *head["sys_path"]]))
+    folders = list(typed.sys_path)
+    if trust.is_own(run.config_file) or trust.trusted_prefixes():
+        folders = list(dict.fromkeys([*folders, *head["sys_path"]]))
     adopted["resume"] = config["resume"]
     adopted["outputs"] = str(run.path.parent.parent)
-    return adopted
+    return adopted, replace(typed, overrides=head["overrides"], sys_path=folders)
 
 
 def keep_effective_batch(config: dict[str, Any], run: Run, world_size: int) -> None:
-    """Derive `trainer.accumulate` so that a resumed run keeps its effective batch; in place."""
+    """Derive `trainer.accumulate` in `config` so that a resumed run keeps its effective batch.
+
+    Raise `ConfigError` with the world sizes that would do if this one cannot.
+    """
     frozen = run.read_config()
     wanted = effective_batch(frozen, frozen["run"]["world_size"])
     size = int(config["data"]["batch_size"])
@@ -63,15 +69,15 @@ def keep_effective_batch(config: dict[str, Any], run: Run, world_size: int) -> N
     if rest or accumulate == 0:
         fitting = [n for n in range(1, wanted // size + 1) if wanted % (size * n) == 0]
         raise ConfigError(
-            f"resume={config['resume']}: its effective batch of {wanted} samples cannot be cut over "
+            f"resume={config['resume']}: its effective batch of {wanted} samples cannot be split over "
             f"{world_size} ranks of data.batch_size={size}; world sizes that would do: "
             f"{', '.join(map(str, fitting)) or 'none with this data.batch_size'}"
         )
     config["trainer"]["accumulate"] = accumulate
 
 
-def check_source(config: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where `init_from` names no run with a checkpoint."""
+def require_source(config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if `init_from` names no run with a checkpoint."""
     if not config["init_from"]:
         return
     try:
@@ -80,17 +86,17 @@ def check_source(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"init_from={config['init_from']}: {error}") from error
     if not any(source.checkpoints.glob("[0-9]*")):
         raise ConfigError(
-            f"init_from={config['init_from']}: {source.path} holds no checkpoint to start from"
+            f"init_from={config['init_from']}: {source.path} has no checkpoint to start from"
         )
 
 
-def announce(run: Run, config: Mapping[str, Any], world_size: int, command: Command) -> None:
-    """Say what of this run is there already, and whether it was made by other code."""
+def announce(run: Run, config: Mapping[str, Any], world_size: int, provenance: Provenance) -> None:
+    """Print what of this run exists already, and whether other code made it."""
     if not run.exists():
-        for other in cut_otherwise(run, config, world_size):
+        for other in with_another_batch(run, config, world_size):
             print(
                 f"note: run {other.id} ({other.judge_state()}, step {other.read_status().step}) differs "
-                f"only in its effective batch; to go on with it here: "
+                f"only in its effective batch; to resume it here: "
                 f"python train.py resume={other.id}"
             )
         return
@@ -98,20 +104,18 @@ def announce(run: Run, config: Mapping[str, Any], world_size: int, command: Comm
         return
     status = run.read_status()
     if status.step:
-        print(
-            f"run {run.id} is there ({run.judge_state()} at step {status.step}); going on with it"
-        )
+        print(f"resuming run {run.id} ({run.judge_state()} at step {status.step})")
     made_by = (status.git or {}).get("digest")
-    if made_by and made_by != command.code["digest"]:
+    if made_by and made_by != provenance.code["digest"]:
         print(
-            "note: the code is not the code that made this run "
-            f"({describe_code(status.git or {})} then, {describe_code(command.code)} now); "
-            "to start over with the code as it is now, add fresh=true"
+            "note: the code has changed since this run began "
+            f"({describe_code(status.git or {})} then, {describe_code(provenance.code)} now); "
+            "to start over with the code of now, add fresh=true"
         )
 
 
-def cut_otherwise(run: Run, config: Mapping[str, Any], world_size: int) -> list[Run]:
-    """Unfinished runs of the same name that differ from `config` in the effective batch alone."""
+def with_another_batch(run: Run, config: Mapping[str, Any], world_size: int) -> list[Run]:
+    """Return the unfinished runs of the same name that differ in the effective batch alone."""
     mine = flatten(identity(config, world_size))
     mine.pop("effective_batch")
     found = []
@@ -121,7 +125,7 @@ def cut_otherwise(run: Run, config: Mapping[str, Any], world_size: int) -> list[
             continue
         try:
             theirs = flatten(other.read_identity())
-        except AtlasError:  # damaged, and no matter of this run
+        except AtlasError:  # damaged, which does not concern this run
             continue
         theirs.pop("effective_batch", None)
         if theirs == mine:
@@ -129,15 +133,8 @@ def cut_otherwise(run: Run, config: Mapping[str, Any], world_size: int) -> list[
     return found
 
 
-def describe_code(state: Mapping[str, Any]) -> str:
-    """A commit, and whether there was more than it."""
-    if not state.get("commit"):
-        return f"no git, {state.get('digest')}"
-    return f"commit {state['commit'][:10]}" + ("" if state["clean"] else " and uncommitted changes")
-
-
 def add_new_keys(config: dict[str, Any]) -> None:
-    """Give a configuration of an older Atlas the keys that have come since, as null; in place."""
+    """Add the keys that came after the version of Atlas that wrote `config`, as null."""
     for key, spec in KEYS.items():
         *parents, last = key.split(".")
         node: Any = config

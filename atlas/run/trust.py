@@ -1,8 +1,8 @@
-"""Whose configuration is instantiated: one's own, or of others what is known to be harmless.
+"""Whose configuration may be instantiated: your own, or of others only what is known to be harmless.
 
-A `config.yaml` names classes to call, so using somebody else's run is running what it names. One
-that the current user does not own may name the parts of Atlas and of torch that hold no more than
-data and layers, and what the person trusts: `--trust PREFIX`, ATLAS_TRUST, or `load_policy(trust=…)`.
+A `config.yaml` names classes to call, so to use somebody else's run is to run what it names. In a run
+that the current user does not own only parts of Atlas and of torch that hold no more than data and
+layers may be named, and what the user trusts: `--trust PREFIX`, ATLAS_TRUST, or `load_policy(trust=…)`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.errors import AtlasError
-from atlas.run import directory as run
+from atlas.run.directory import Run
 
 OPTION = "--trust"
 VARIABLE = "ATLAS_TRUST"  # prefixes, separated by commas; the workers inherit it
@@ -27,64 +27,67 @@ HARMLESS = (
 CLUSTERS = ("launchers.local.LocalLauncher", "launchers.slurm.SlurmLauncher")
 
 
-def config_of(of: run.Run) -> dict[str, Any]:
-    """The frozen configuration of a run, to be instantiated; raises `AtlasError` for a stranger's."""
-    config = of.read_config()
-    check(of.config_file, config)
+def read_trusted_config(run: Run) -> dict[str, Any]:
+    """Return the frozen configuration of `run`; raise `AtlasError` if it may not be instantiated."""
+    config = run.read_config()
+    require_trust(run.config_file, config)
     return config
 
 
-def check(file: Path, config: Mapping[str, Any], trust: Sequence[str] = ()) -> None:
-    """Raise `AtlasError` where a stranger's `config` in `file` names what is not trusted.
+def require_trust(file: Path, config: Mapping[str, Any], extra: Sequence[str] = ()) -> None:
+    """Raise `AtlasError` if the `config` in somebody else's `file` names what is not trusted.
 
-    `trust` adds prefixes to those that ATLAS_TRUST holds.
+    `extra` are prefixes in addition to those in ATLAS_TRUST.
     """
     if is_own(file):
         return
-    prefixes = (*HARMLESS, *_dotted((*trusted(), *trust)))
+    prefixes = (*HARMLESS, *_dotted((*trusted_prefixes(), *extra)))
     body = {key: value for key, value in config.items() if key != "run"}
-    found = list(_strange(body, prefixes))
+    found = list(_untrusted(body, prefixes))
     if found:
         raise AtlasError(
-            f"{file} belongs to {_owner(file)}, not to you, and names what would be run as you:\n"
+            f"{file} belongs to {_owner(file)}, not to you, and names code that would run as you:\n"
             + "\n".join(f"  {text}" for text in found)
-            + "\nlook at it, and if you trust it, add --trust PREFIX (or set ATLAS_TRUST=PREFIX)"
+            + "\nread it, and if you trust it, add --trust PREFIX (or set ATLAS_TRUST=PREFIX)"
         )
 
 
 def is_own(file: Path) -> bool:
-    """Whether the current user wrote `file`."""
+    """Return whether `file` belongs to the current user."""
     return file.stat().st_uid == os.geteuid()
 
 
-def use_modules(file: Path, folders: Sequence[str], trust: Sequence[str] = ()) -> None:
-    """Put the `folders` that `file` names on `sys.path`; a stranger's only where one is trusted.
+def extend_sys_path(file: Path, folders: Sequence[str], extra: Sequence[str] = ()) -> None:
+    """Put the `folders` of modules that `file` names on `sys.path`, in their order.
 
-    Those come last: they must not stand in for a module that is there without them.
+    The folders of your own runs come first, as they did at submission. Somebody else's are added only
+    if a prefix is trusted, and come last: they must not replace a module that can be imported
+    without them.
     """
+    new = [folder for folder in folders if folder not in sys.path]
     if is_own(file):
-        run.use_modules(folders)
-    elif trusted() or trust:
-        sys.path += [folder for folder in folders if folder not in sys.path]
+        sys.path[:0] = new
+    elif trusted_prefixes() or extra:
+        sys.path += new
 
 
-def trusted() -> tuple[str, ...]:
-    """The prefixes that the person has added."""
+def trusted_prefixes() -> tuple[str, ...]:
+    """Return the prefixes that the user has added."""
     return tuple(filter(None, os.environ.get(VARIABLE, "").split(",")))
 
 
-def add(prefixes: Sequence[str]) -> None:
+def add_prefixes(prefixes: Sequence[str]) -> None:
     """Trust `prefixes` too, in this process and in those that it starts."""
     if prefixes:
-        os.environ[VARIABLE] = ",".join(filter(None, (*trusted(), *prefixes)))
+        os.environ[VARIABLE] = ",".join(filter(None, (*trusted_prefixes(), *prefixes)))
 
 
 def _dotted(prefixes: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{prefix.rstrip('.')}." for prefix in prefixes)
 
 
-def _strange(node: Any, prefixes: tuple[str, ...], path: str = "") -> Iterator[str]:
-    """What in a configuration would run, or become, something that is not under `prefixes`."""
+def _untrusted(node: Any, prefixes: tuple[str, ...], path: str = "") -> Iterator[str]:
+    """Yield every `key=value` that would run, or resolve to, something not under `prefixes`."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             inner = f"{path}.{key}" if path else str(key)
@@ -92,16 +95,16 @@ def _strange(node: Any, prefixes: tuple[str, ...], path: str = "") -> Iterator[s
                 if not _is_allowed(value, prefixes, path):
                     yield f"{inner}={value}"
             else:
-                yield from _strange(value, prefixes, inner)
+                yield from _untrusted(value, prefixes, inner)
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
-            yield from _strange(value, prefixes, f"{path}[{index}]")
-    elif isinstance(node, str) and "${" in node:  # frozen values have none: it resolves to anything
+            yield from _untrusted(value, prefixes, f"{path}[{index}]")
+    elif isinstance(node, str) and "${" in node:  # can resolve to anything; Atlas freezes none
         yield f"{path}={node}"
 
 
 def _is_allowed(target: Any, prefixes: tuple[str, ...], path: str) -> bool:
-    """By its name, and by where it is defined: a module's name leads to all that it imports."""
+    """Judge a target by its name and by where it is defined: a module also has what it imports."""
     if path == "cluster":
         return target in CLUSTERS
     name = str(target)
@@ -110,7 +113,7 @@ def _is_allowed(target: Any, prefixes: tuple[str, ...], path: str) -> bool:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception:  # no module of that name; instantiating it would look for it elsewhere
+    except Exception:  # no such module; to instantiate it would be to look for it elsewhere
         return False
     return f"{getattr(found, '__module__', '')}.".startswith(prefixes)
 

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 GONE = (errno.EPIPE, errno.EIO)
@@ -40,3 +41,9 @@ def outlive() -> None:
                 write_through=stream.write_through,
             )
             setattr(sys, name, lenient)
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """Return `rows` as lines with aligned values."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows.items())

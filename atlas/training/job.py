@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
     """Train `run` as the rank that the environment says; rank 0 holds the `lock`."""
-    config = trust.config_of(run)
+    config = trust.read_trusted_config(run)
     settings = Settings.of(config)
     set_determinism(settings.trainer.deterministic)
     world = distributed.init(settings.cluster.device)

@@ -11,8 +11,8 @@ from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 from atlas.record.shipping.shipper import Fleet
 from atlas.run.directory import Run
 from atlas.run.summary import summary
+from atlas.system.devices import visible_gpus
 from launchers.base import Handle, Launcher, check_gpus
-from launchers.devices import visible_gpus
 from launchers.local.pool import Pool
 from launchers.local.ranks import failure_text
 

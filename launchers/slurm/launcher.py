@@ -99,7 +99,7 @@ class SlurmLauncher(Launcher):
     def _run_of(self, config: Mapping[str, Any]) -> Run:
         if config.get("resume"):
             return Run.find(str(config["resume"]), config["outputs"])
-        return Run.plan(config, self.world_size)
+        return Run.locate(config, self.world_size)
 
     def _ranks_per_node(self, wanted: int | str) -> int:
         if wanted == "auto":

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from atlas.record.report import draw, read_curves, smooth
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
+from atlas.run.provenance import Provenance
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -24,8 +25,8 @@ def make_run(outputs: Path, overrides: list[str] | None = None) -> Run:
         "trainer": {"steps": 100, "accumulate": 1},
         "tracking": {"kind": "none"},
     }
-    run = Run.plan(config, 1)
-    run.create(config, 1, Command(overrides or []))
+    run = Run.locate(config, 1)
+    run.create(config, 1, Provenance.collect(overrides or []))
     return run
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from atlas.record.sweep import Sweep, score, without
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
+from atlas.run.provenance import Provenance
 
 CONFIG: dict[str, Any] = {
     "name": "demo",
@@ -30,8 +31,8 @@ def configuration(outputs: Path, lr: float = 1e-3, **changes: Any) -> dict[str, 
 
 def make_run(outputs: Path, lr: float, *lines: dict[str, float], **status: Any) -> Run:
     config = configuration(outputs, lr)
-    run = Run.plan(config, 1)
-    run.create(config, 1, Command([f"optim.lr={lr}"]))
+    run = Run.locate(config, 1)
+    run.create(config, 1, Provenance.collect([f"optim.lr={lr}"]))
     run.journal_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.update_status(**status)
     return run

@@ -11,8 +11,9 @@ import pytest
 from atlas.errors import RunBusyError
 from atlas.record import tracker as tracking
 from atlas.record.tracker import NullTracker, RunTracker, Tracker
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
 from atlas.run.lock import Lock
+from atlas.run.provenance import Provenance
 
 
 class FakeShipper:
@@ -41,8 +42,8 @@ class FakeShipper:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     config = configuration(tmp_path)
-    run = Run.plan(config, 1)
-    run.create(config, 1, Command([]))
+    run = Run.locate(config, 1)
+    run.create(config, 1, Provenance.collect([]))
     return run
 
 

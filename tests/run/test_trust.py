@@ -58,19 +58,19 @@ def strangers(folder: Path, config: dict) -> Path:
 def test_what_a_stranger_may_not_name(tmp_path, config):
     file = strangers(tmp_path, config)
     with pytest.raises(AtlasError) as raised:
-        trust.config_of(Run(tmp_path))
+        trust.read_trusted_config(Run(tmp_path))
     assert unnamed(str(raised.value), file, STRANGER, "--trust") == []
 
 
 def test_what_a_stranger_may_name(tmp_path):
     strangers(tmp_path, {**HARMLESS, "cluster": {"_target_": "launchers.local.LocalLauncher"}})
-    assert trust.config_of(Run(tmp_path))["model"] == HARMLESS["model"]
+    assert trust.read_trusted_config(Run(tmp_path))["model"] == HARMLESS["model"]
 
 
 @pytest.mark.parametrize("config", EVIL, ids=str)
 def test_ones_own_may_name_anything(tmp_path, config):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert trust.config_of(Run(tmp_path)) == config
+    assert trust.read_trusted_config(Run(tmp_path)) == config
 
 
 @pytest.mark.parametrize(
@@ -81,19 +81,19 @@ def test_a_prefix_is_a_module(tmp_path, monkeypatch, prefix, good):
     monkeypatch.syspath_prepend(str(OWN))
     monkeypatch.setenv(trust.VARIABLE, prefix)
     if good:
-        trust.config_of(Run(tmp_path))
+        trust.read_trusted_config(Run(tmp_path))
     else:
         with pytest.raises(AtlasError, match=r"own_parts\.Net"):
-            trust.config_of(Run(tmp_path))
+            trust.read_trusted_config(Run(tmp_path))
 
 
 def test_a_strangers_modules_are_not_on_the_path(tmp_path, monkeypatch):
     file = strangers(tmp_path, HARMLESS)
     before = list(sys.path)
-    trust.use_modules(file, ["/nowhere"])
+    trust.extend_sys_path(file, ["/nowhere"])
     assert sys.path == before
     monkeypatch.setattr(sys, "path", before)
-    trust.use_modules(file, ["/nowhere"], ["own_parts"])
+    trust.extend_sys_path(file, ["/nowhere"], ["own_parts"])
     assert sys.path[-1] == "/nowhere"
 
 
@@ -112,7 +112,7 @@ def test_more_prefixes(monkeypatch, before, added, after):
     monkeypatch.setenv(trust.VARIABLE, before or "")
     if before is None:
         monkeypatch.delenv(trust.VARIABLE)
-    trust.add(added)
+    trust.add_prefixes(added)
     assert os.environ.get(trust.VARIABLE) == after
 
 

@@ -21,8 +21,9 @@ from atlas.errors import AtlasError
 from atlas.record.shipping.cursor import Cursor, masked, points
 from atlas.record.shipping.tags import marks, run_name, tags
 from atlas.record.sweep import FOLDER, Sweep
-from atlas.run.directory import Run, when
+from atlas.run.directory import Run
 from atlas.run.status import State, Status
+from atlas.run.summary import local_time
 from atlas.system.files import atomic_path, guarded, locked
 
 PARENT = "mlflow.parentRunId"  # what MLflow's own pages nest runs by
@@ -324,7 +325,7 @@ def reason(error: BaseException) -> str:
 
 def say(text: str) -> None:
     """A line with the time, for sync.log or a terminal."""
-    print(f"{when(time.time())} {masked(text)}", file=sys.stderr, flush=True)
+    print(f"{local_time(time.time())} {masked(text)}", file=sys.stderr, flush=True)
 
 
 def _active(found: MlflowRun) -> MlflowRun:

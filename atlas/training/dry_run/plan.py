@@ -12,7 +12,8 @@ from torch import nn
 from atlas.config.schema import Settings
 from atlas.errors import ConfigError
 from atlas.models.pretrained import without_weights
-from atlas.run.summary import rates, table
+from atlas.schedule import LearningRate
+from atlas.system.terminal import table
 from atlas.training.build import CPU, build, doubts, learning_rate
 from atlas.training.dry_run.memory import Estimate, estimate
 from atlas.training.dry_run.preflight import META
@@ -20,6 +21,9 @@ from atlas.training.optimization.precision import check_precision
 from atlas.training.parts import Parts
 from atlas.training.ranks import world as distributed
 from atlas.training.trainer import validation_interval
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 48  # characters
 
 
 def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) -> str:
@@ -114,3 +118,24 @@ def count(module: nn.Module) -> tuple[int, int]:
     """How many numbers of `module` are trained, and how many are frozen."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in module.parameters()) - trained
+
+
+def rates(rate: LearningRate, multipliers: Mapping[str, float], warmup: int) -> str:
+    """Return a table of every group's rate at the steps that show the schedule, and its curve."""
+    shown = sorted({0, warmup // 2, warmup, rate.steps // 2, rate.steps - 1})
+    width = max([len("learning rate"), *(len(name) for name in multipliers)])
+    lines = ["learning rate".ljust(width) + "".join(f"{f'step {s}':>12}" for s in shown)]
+    columns = [rate.rates(step, multipliers) for step in shown]
+    for name, multiplier in multipliers.items():
+        values = (f"{c[name]:12.3g}" if multiplier else f"{'frozen':>12}" for c in columns)
+        lines.append(name.ljust(width) + "".join(values))
+    steps = (round(i * (rate.steps - 1) / (CURVE_WIDTH - 1)) for i in range(CURVE_WIDTH))
+    factors = [rate.schedule(step, rate.steps) for step in steps]
+    lines.append(f"{''.ljust(width)}  {curve(factors)}")
+    return "\n".join(lines)
+
+
+def curve(values: list[float]) -> str:
+    """Return `values` as a row of bars, of which the highest has full height."""
+    top = max(*values, 1e-12)
+    return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in values)

@@ -41,7 +41,8 @@ from jobs import (
 
 from atlas.errors import RunBusyError
 from atlas.record.journal import TIMINGS
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
+from atlas.run.provenance import Provenance
 from launchers.launch import resolve
 from launchers.slurm.launcher import SlurmLauncher
 from launchers.slurm.queue import array_limit, job_state
@@ -185,8 +186,8 @@ def runs_of_array(outputs: Path, count: int, *more: str) -> tuple[SlurmLauncher,
         cluster = {k: v for k, v in config["cluster"].items() if k != "_target_"}
         launcher = SlurmLauncher(**cluster)
         launcher.check()
-        runs.append(Run.plan(config, launcher.world_size))
-        runs[-1].create(config, launcher.world_size, Command([], [str(OWN)]))
+        runs.append(Run.locate(config, launcher.world_size))
+        runs[-1].create(config, launcher.world_size, Provenance.collect([], [str(OWN)]))
     return launcher, runs
 
 

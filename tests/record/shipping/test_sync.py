@@ -33,7 +33,8 @@ from atlas.record.shipping.cursor import Cursor, masked, points_left
 from atlas.record.shipping.mlflow_store import MlflowClient, create_sqlite, valid_key
 from atlas.record.shipping.shipper import NullShipper, Shipper, open_shipper
 from atlas.record.shipping.sync import sync
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
+from atlas.run.provenance import Provenance
 from atlas.version import ROOT
 
 FOLLOWED = """
@@ -96,8 +97,8 @@ def make_run(outputs: Path, seed: int = 1, overrides: list[str] | None = None, *
         "cluster": {"nodes": 1},
         "tracking": {**yaml.safe_load((ROOT / "conf/tracking/mlflow.yaml").read_text()), **track},
     }
-    run = Run.plan(config, 1)
-    run.create(config, 1, Command(overrides or [f"seed={seed}", "data.workers=2"]))
+    run = Run.locate(config, 1)
+    run.create(config, 1, Provenance.collect(overrides or [f"seed={seed}", "data.workers=2"]))
     return run
 
 

@@ -38,7 +38,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from atlas.config.checks import check as check_config
 from atlas.errors import ConfigError
-from atlas.run.directory import Command, Run
+from atlas.run.directory import Run
+from atlas.run.provenance import Provenance
 from atlas.run.signals import Stop
 from atlas.training import job
 from atlas.training.dry_run import memory, preflight
@@ -71,8 +72,8 @@ def config(outputs: Path, *overrides: str) -> dict[str, Any]:
 def create(outputs: Path, ranks: int, *overrides: str) -> Run:
     plain = config(outputs, *overrides)
     check_config(plain)
-    run = Run.plan(plain, ranks)
-    run.create(plain, ranks, Command([], [str(OWN)]))
+    run = Run.locate(plain, ranks)
+    run.create(plain, ranks, Provenance.collect([], [str(OWN)]))
     return run
 
 
