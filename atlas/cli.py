@@ -194,9 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except AtlasError as error:
-        from atlas.record.shipping.cursor import masked
+        from atlas.config.secrets import mask_uris
 
-        print(masked(f"atlas {args.command}: {error}"), file=sys.stderr)
+        print(mask_uris(f"atlas {args.command}: {error}"), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return 130

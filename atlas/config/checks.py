@@ -12,10 +12,8 @@ from urllib.parse import urlsplit
 from atlas.config.dotted import flatten, lookup
 from atlas.config.keys import Key
 from atlas.config.schema import CLOSED, HEAD, KEYS, SECTIONS
+from atlas.config.secrets import is_secret, mask_uris
 from atlas.errors import ConfigError, nearest
-
-SECRETS = ("token", "password", "secret", "api_key", "access_key")  # whole words of a key's name
-IN_URI = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # user and password in an address
 
 STORES = ("sqlite", "postgresql", "mysql", "mssql", "databricks", "uc")  # and http, https
 IN_ADDRESS = re.compile(r"\?|%[0-9a-fA-F]{2}")  # characters with a meaning in an address
@@ -70,7 +68,7 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
     for section in CLOSED:
         known = [k.partition(".")[2] for k in KEYS if k.startswith(f"{section}.")]
         for key, value in (config.get(section) or {}).items():
-            if key not in known and not _is_secret(key, value):  # secrets are told of below
+            if key not in known and not is_secret(key, value):  # secrets are told of below
                 yield f"{section}.{key} is not a key of Atlas{nearest(key, known)}"
 
 
@@ -98,28 +96,12 @@ def _multipliers(config: Mapping[str, Any]) -> Iterator[str]:
 def _secrets(config: Mapping[str, Any]) -> Iterator[str]:
     """Values that must not be kept; they are not repeated in the message either."""
     for key, value in flatten(config).items():
-        if _is_secret(key, value):
+        if is_secret(key, value):
             yield (
                 f"{key} holds a secret, and a configuration is kept and shown; put it into the "
                 f"environment, for example as {key.rpartition('.')[2].upper()} (for MLflow: "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), and read it there"
             )
-
-
-def without_secret(argument: str) -> str:
-    """A word of a command line with a secret in it masked: Hydra's own keys are checked by nobody."""
-    key, equals, value = argument.partition("=")
-    if equals and _is_secret(key, value):
-        return f"{key}=***"
-    return IN_URI.sub("://***@", argument)
-
-
-def _is_secret(key: str, value: Any) -> bool:
-    last = key.rpartition(".")[2].lower()
-    named = any(f"_{secret}_" in f"_{last}_" for secret in SECRETS)
-    return (named and value not in (None, "")) or (
-        isinstance(value, str) and IN_URI.search(value) is not None
-    )
 
 
 def _relations(config: Mapping[str, Any]) -> Iterator[str]:
@@ -161,7 +143,7 @@ def _store(config: Mapping[str, Any]) -> Iterator[str]:
         uri, name = os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
     if uri and not _is_store(uri):
         yield (
-            f"{name}={IN_URI.sub('://***@', uri)} is not the address of a store; give "
+            f"{name}={mask_uris(uri)} is not the address of a store; give "
             "http://HOST:PORT of an MLflow server, sqlite:///FILE or another database's address"
         )
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.config.secrets import mask_uris
 from atlas.record import journal
-from atlas.record.shipping.cursor import masked, points
+from atlas.record.shipping.cursor import points
 from atlas.record.shipping.writer import Writer
 from atlas.run.directory import Run
 from atlas.system.files import atomic_path
@@ -228,7 +229,7 @@ def _title(figure: Figure, run: Run) -> None:
     head = f"{status.name or run.path.parent.name} · {run.id}"
     state = run.judge_state() or "no status"
     at = f" at {status.step:,} of {status.steps:,} updates" if status.steps is not None else ""
-    lines = textwrap.wrap(masked(" ".join(overrides)) or "(defaults)", 110)
+    lines = textwrap.wrap(mask_uris(" ".join(overrides)) or "(defaults)", 110)
     if len(lines) > 3:
         lines = [*lines[:2], lines[2][:106] + " …"]
     text = figure.suptitle(

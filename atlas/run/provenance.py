@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atlas.config.checks import without_secret
+from atlas.config.secrets import mask_argument
 from atlas.system.files import digest, digest_of_parts
 from atlas.version import ROOT
 
@@ -32,7 +32,7 @@ class Provenance:
         code = code_version(Path(folders[0]) if folders else ROOT)
         if folders:
             code["atlas"] = code_version(ROOT)["digest"]
-        line = shlex.join(["python", *map(without_secret, sys.orig_argv[1:])])
+        line = shlex.join(["python", *map(mask_argument, sys.orig_argv[1:])])
         return cls(list(overrides), folders, line, code)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -56,8 +55,3 @@ def points(line: Mapping[str, Any]) -> dict[str, float]:
 def points_left(run: Run, cursor: Cursor) -> int:
     """How many points of the journal are not in MLflow."""
     return sum(len(points(line)) for line in journal.read(run.journal_file, cursor.offset))
-
-
-def masked(text: str) -> str:
-    """`text` with the credentials of every URI in it replaced by `***`."""
-    return re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)

@@ -17,8 +17,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from atlas.config.dotted import flatten
+from atlas.config.secrets import mask_uris
 from atlas.errors import AtlasError
-from atlas.record.shipping.cursor import Cursor, masked, points
+from atlas.record.shipping.cursor import Cursor, points
 from atlas.record.shipping.tags import marks, run_name, tags
 from atlas.record.sweep import FOLDER, Sweep
 from atlas.run.directory import Run
@@ -81,7 +82,7 @@ class Store:
         """The frozen configuration, less credentials, where it is not there already."""
         version = _version(run.config_file)
         if cursor.uploaded.get("config.yaml") != version:
-            self._client.log_text(self._id, masked(run.config_file.read_text()), "config.yaml")
+            self._client.log_text(self._id, mask_uris(run.config_file.read_text()), "config.yaml")
             cursor.uploaded["config.yaml"] = version
 
     def upload(self, path: Path, cursor: Cursor) -> None:
@@ -215,7 +216,7 @@ class Store:
                 self._log_params([param])
 
     def _set_tags(self, tags: Mapping[str, str]) -> None:
-        entries = [RunTag(valid_key(k), masked(v)[:5000]) for k, v in tags.items()]
+        entries = [RunTag(valid_key(k), mask_uris(v)[:5000]) for k, v in tags.items()]
         for at in range(0, len(entries), 100):
             self._client.log_batch(self._id, tags=entries[at : at + 100])
 
@@ -320,12 +321,12 @@ def reason(error: BaseException) -> str:
     if short:
         return str(next(filter(None, short.groups())))
     first = text.strip().partition("\n")[0] or type(error).__name__
-    return masked(first if len(first) <= 300 else f"{first[:300]} …")
+    return mask_uris(first if len(first) <= 300 else f"{first[:300]} …")
 
 
 def say(text: str) -> None:
     """A line with the time, for sync.log or a terminal."""
-    print(f"{local_time(time.time())} {masked(text)}", file=sys.stderr, flush=True)
+    print(f"{local_time(time.time())} {mask_uris(text)}", file=sys.stderr, flush=True)
 
 
 def _active(found: MlflowRun) -> MlflowRun:

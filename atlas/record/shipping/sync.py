@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from atlas.config.secrets import without_credentials
 from atlas.errors import AtlasError
 from atlas.record import journal
 from atlas.record.shipping.cursor import Cursor, points_left
@@ -304,7 +304,7 @@ def note_run_id(run: Run, cursor: Cursor) -> None:
 def _cursor(run: Run, uri: str, again: bool) -> Cursor:
     """What mlflow.json says, as far as it is about this store and this journal."""
     cursor = Cursor.load(run)
-    shown = re.sub(r"(?<=://)[^/\s@]+@", "", uri)
+    shown = without_credentials(uri)
     if cursor.uri != shown:
         cursor = Cursor(uri=shown)
     size = run.journal_file.stat().st_size if run.journal_file.exists() else 0

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from atlas.config.dotted import flatten
-from atlas.record.shipping.cursor import masked
+from atlas.config.secrets import mask_uris
 from atlas.run.directory import Run
 from atlas.run.identity import is_excluded
 from atlas.run.status import State, Status
@@ -24,7 +24,7 @@ def run_name(config: Mapping[str, Any]) -> str:
         key, _, value = str(override).lstrip("+~").partition("=")
         if not is_excluded(key):
             short.append(f"{key.rpartition('.')[2]}={value}" if value else key)
-    return masked(" ".join([str(config["run"]["id"]), *short]))[:200]
+    return mask_uris(" ".join([str(config["run"]["id"]), *short]))[:200]
 
 
 def tags(run: Run, config: Mapping[str, Any], status: Status) -> dict[str, str]:
