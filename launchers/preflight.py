@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import itertools
 import json
@@ -13,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atlas.config.dotted import without
 from atlas.errors import ConfigError
 from atlas.system.files import digest_of_json, digest_of_parts, write_json
 from atlas.version import ROOT
@@ -20,12 +20,7 @@ from atlas.version import ROOT
 LIMIT_S = 600.0  # a child that takes longer is ended, and its configurations count as not checked
 # What of a configuration decides whether a model can be built and fed, less what does not matter.
 SECTIONS = ("model", "data", "optim")
-WITHOUT = (
-    ("data", "workers"),
-    ("optim", "lr"),
-    ("optim", "scale_lr"),
-    ("optim", "base_batch_size"),
-)
+WITHOUT = ("data.workers", "optim.lr", "optim.scale_lr", "optim.base_batch_size")
 MOST_FILES = 2000  # a folder that is no project, such as a home, is not read to its end
 LIBRARIES = ("torch", "hydra-core", "omegaconf", "numpy", "transformers")
 
@@ -84,9 +79,7 @@ def _own_folders() -> list[Path]:
 
 
 def _digest(code: str, config: Mapping[str, Any]) -> str:
-    kept = {section: copy.deepcopy(config[section]) for section in SECTIONS}
-    for section, key in WITHOUT:
-        kept[section].pop(key, None)
+    kept = without({section: config[section] for section in SECTIONS}, WITHOUT)
     if sharding := config["cluster"].get("sharding"):
         kept["sharding"] = sharding
     versions = [sys.version, *(_version(name) for name in LIBRARIES)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from atlas.config.dotted import flatten
 from atlas.errors import ConfigError, nearest
 
 KEYS = {
@@ -41,7 +42,7 @@ def read(path: Path) -> Mapping[str, Any]:
 def overrides(values: Mapping[str, Any], file: str) -> list[str]:
     """Overrides for `values`; raises `ConfigError` with every key that is unknown."""
     known = [*KEYS, MULTIPLIERS]
-    found = dict(_leaves(values))
+    found = {key: value for key, value in flatten(values).items() if value != {}}
     problems = [
         f"{file}: {key} is not a key of this file{nearest(key, known)}"
         for key in found
@@ -57,15 +58,6 @@ def overrides(values: Mapping[str, Any], file: str) -> list[str]:
     if problems:
         raise ConfigError(problems)
     return list(dict.fromkeys(_override(key, value) for key, value in found.items()))
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield name, value
 
 
 def _override(key: str, value: Any) -> str:

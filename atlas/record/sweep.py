@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atlas.config.dotted import without
 from atlas.record import journal
 from atlas.run.directory import Run
 from atlas.run.identity import identity
@@ -43,7 +44,9 @@ class Sweep:
     ) -> Sweep:
         """Return the sweep over `keys` that `config` belongs to."""
         # The names of the keys without their values, so that a wider grid has the same id.
-        kept = without(identity(config, 1), [*keys, "effective_batch"])
+        # An override of a config group, `data/augment@data.more=…`, stands for all of that group.
+        sections = [key.replace("/", ".").partition("@")[0] for key in keys]
+        kept = without(identity(config, 1), [*sections, "effective_batch"])
         name = digest_of_json([sorted(keys), kept])[:10]
         file = Path(config["outputs"]) / str(config["name"]) / FOLDER / f"{name}.json"
         return cls(file, config["objective"], {run.id: swept for run, swept in members})
@@ -120,16 +123,3 @@ def score(run: Run, objective: str) -> float | None:
     sign, metric = (-1.0, objective[1:]) if objective.startswith("-") else (1.0, objective)
     values = [sign * line[metric] for line in journal.read(run.journal_file) if metric in line]
     return min(filter(math.isfinite, values), default=None)
-
-
-def without(config: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Return `config` without the dotted `keys`; the key of a config group removes all of it."""
-    out = json.loads(json.dumps(config, default=str))
-    for key in keys:
-        *parents, last = key.replace("/", ".").partition("@")[0].split(".")
-        node: Any = out
-        for part in parents:
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(last, None)
-    return out

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from atlas.config.dotted import lookup
+from atlas.config.dotted import lookup, select
 from atlas.config.schema import BATCH_SPLIT, EXCLUDED
 from atlas.system.files import digest
 
@@ -24,7 +24,9 @@ def identity(config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
 
     Keys that Atlas does not know, the user's own, belong to it.
     """
-    kept = _without(config, EXCLUDED | BATCH_SPLIT, "")
+    left_out = EXCLUDED | BATCH_SPLIT
+    # Null and an empty section are the same as a missing key, so that new keys do not change ids.
+    kept = select(config, lambda key, value: key not in left_out and value is not None)
     kept["effective_batch"] = effective_batch(config, world_size)
     return kept
 
@@ -39,21 +41,6 @@ def is_excluded(key: str) -> bool:
     """Return whether the dotted `key` can be overridden without making another run."""
     parts = key.split(".")
     return any(".".join(parts[:n]) in EXCLUDED for n in range(1, len(parts) + 1))
-
-
-def _without(node: Mapping[str, Any], excluded: frozenset[str], prefix: str) -> dict[str, Any]:
-    """Return `node` without excluded keys and null leaves: null is the same as a missing key."""
-    out: dict[str, Any] = {}
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        if name in excluded or value is None:
-            continue
-        if isinstance(value, Mapping):
-            value = _without(value, excluded, f"{name}.")
-            if not value:
-                continue
-        out[str(key)] = value
-    return out
 
 
 def _canonical(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from atlas.config.dotted import flatten
+from atlas.config.dotted import add_default, assign, flatten, lookup, remove
 from atlas.config.schema import BATCH_SPLIT, KEYS
 from atlas.errors import AtlasError, ConfigError
 from atlas.run import trust
@@ -136,19 +136,13 @@ def with_another_batch(run: Run, config: Mapping[str, Any], world_size: int) -> 
 def add_new_keys(config: dict[str, Any]) -> None:
     """Add the keys that came after the version of Atlas that wrote `config`, as null."""
     for key, spec in KEYS.items():
-        *parents, last = key.split(".")
-        node: Any = config
-        for part in parents:
-            node = node.get(part) if isinstance(node, dict) else None
-        if spec.null and isinstance(node, dict):
-            node.setdefault(last, None)
+        if spec.null:
+            add_default(config, key, None)
 
 
 def _copy(source: Mapping[str, Any], target: dict[str, Any], key: str) -> None:
-    *parents, last = key.split(".")
-    for part in parents:
-        source, target = source[part], target.setdefault(part, {})
-    if last in source:
-        target[last] = source[last]
+    found, value = lookup(source, key)
+    if found:
+        assign(target, key, value)
     else:
-        target.pop(last, None)
+        remove(target, key)
