@@ -1,8 +1,8 @@
 """One rank of one run under any launcher: environment in, files out, the exit code tells the cause.
 
-Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. SIGTERM, SIGINT, SIGHUP and SIGUSR2
-mean: save at the next agreed step and leave. Exits with 0 when done, 75 when stopped and resumable, 1 when
-failed. Run it as `python -m atlas.worker RUN_DIRECTORY`.
+It reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. SIGTERM, SIGINT, SIGHUP and SIGUSR2
+mean: save at the next agreed step and leave. The exit code is 0 if the run is finished, 75 if it stopped
+and can be resumed, 1 if it failed. Run it as `python -m atlas.worker RUN_DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -15,50 +15,52 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from atlas.errors import EXIT_FAILED, EXIT_INTERRUPTED, AtlasError, RunBusyError
 from atlas.run import trust
 from atlas.run.directory import Run
-from atlas.run.failures import failure, record, summary
+from atlas.run.failures import describe_failure, record_failure, state_after
 from atlas.run.lock import Lock, job_id
 from atlas.run.signals import Stop
 from atlas.run.status import begin, end_if_running
+from atlas.run.summary import summary
 
 log = logging.getLogger("atlas")
 
 
 def main(path: str | Path) -> int:
-    """Train the run in directory `path` as the rank that the environment says."""
+    """Train the run in directory `path` as the rank that the environment names; return the exit code."""
     run = Run(path)
     rank = int(os.environ.get("RANK", 0))
-    trust.extend_sys_path(run.config_file, run.read_config()["run"]["sys_path"])
-    with logged(run, rank):
+    config = run.read_config()
+    trust.extend_sys_path(run.config_file, config["run"]["sys_path"])
+    with logging_to_files(run, rank):
         try:
-            with Stop() as stop, held(run, rank) as lock:
-                return enter(run, lock, stop)
+            with Stop() as stop, holding_lock(run, rank) as lock:
+                return train_rank(run, config, lock, stop)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
-            # A person's own code may end the process, with 0 too; the run has not ended by that.
+            # The user's code may call sys.exit, also with 0; that does not finish the run.
             if not isinstance(error, RunBusyError):  # then the records are another process's
                 with contextlib.suppress(OSError):
-                    record(run, rank, error)
-            show(run, rank, error)
+                    record_failure(run, rank, error)
+            report_error(run, rank, error)
             return EXIT_FAILED if not isinstance(error, KeyboardInterrupt) else EXIT_INTERRUPTED
 
 
-def enter(run: Run, lock: Lock | None, stop: Stop) -> int:
-    """Import torch, which takes its time, and train."""
-    from atlas.training.job import train
+def train_rank(run: Run, config: dict[str, Any], lock: Lock | None, stop: Stop) -> int:
+    """Train, and have rank 0 print how the run ended; return the exit code."""
+    from atlas.training.job import train  # imports torch, which takes seconds
 
-    outcome = train(run, lock, stop)
+    outcome = train(run, config, lock, stop)
     if lock is not None:
-        tell(run)
+        print(summary(run), flush=True)
     return outcome.code
 
 
 @contextlib.contextmanager
-def held(run: Run, rank: int) -> Iterator[Lock | None]:
-    """Rank 0 holds the lock and marks the run as running; the other ranks hold nothing."""
+def holding_lock(run: Run, rank: int) -> Iterator[Lock | None]:
+    """Hold the lock and mark the run as running, on rank 0; other ranks hold nothing."""
     if rank != 0:
         yield None
         return
@@ -71,17 +73,16 @@ def held(run: Run, rank: int) -> Iterator[Lock | None]:
         yield lock
     except BaseException as error:
         if lock.is_mine():
-            state, reason = failure(error)
             with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-                end_if_running(run, state, reason)
+                end_if_running(run, *state_after(error))
         raise
     finally:
         lock.release()
 
 
 @contextlib.contextmanager
-def logged(run: Run, rank: int) -> Iterator[None]:
-    """Atlas's log goes to `logs/rankN.log`, warnings of rank 0 to the terminal too."""
+def logging_to_files(run: Run, rank: int) -> Iterator[None]:
+    """Write Atlas's log to `logs/rankN.log`, and warnings of rank 0 to the terminal too."""
     run.logs.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(run.logs / f"rank{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -102,17 +103,20 @@ def logged(run: Run, rank: int) -> Iterator[None]:
             handler.close()
 
 
-def show(run: Run, rank: int, error: BaseException) -> None:
-    """The error on the terminal and in the rank's log; a person's own code with its traceback."""
+def report_error(run: Run, rank: int, error: BaseException) -> None:
+    """Write `error` to the rank's log and, unless a launcher does so, to the terminal.
+
+    Errors that Atlas raises for the user are printed without a traceback.
+    """
     text = "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError), open(run.logs / f"rank{rank}.log", "a") as file:
         file.write(text)
-        if (told := run.read_failure()) and not isinstance(error, RunBusyError):
-            file.write(f"{summary(told)}\n")
+        if (failure := run.read_failure()) and not isinstance(error, RunBusyError):
+            file.write(f"{describe_failure(failure)}\n")
     if "ATLAS_SUPERVISED" in os.environ:
-        return  # the launcher shows what the first rank to fail had to say, once
+        return  # the launcher prints the failure record of the first rank to fail, once
     if isinstance(error, KeyboardInterrupt):
-        print(f"left at once; the same command goes on from the last checkpoint of {run.path}")
+        print(f"aborted; run the same command to resume {run.path} from its last checkpoint")
     elif isinstance(error, AtlasError):
         print(f"error: {error}", file=sys.stderr)
     else:
@@ -120,12 +124,12 @@ def show(run: Run, rank: int, error: BaseException) -> None:
         print(f"the run failed; its log is {run.logs / f'rank{rank}.log'}", file=sys.stderr)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with `code`, past what its libraries do at the end of a process.
+def exit_process(code: int) -> NoReturn:
+    """End this process with `code`, without what its libraries do at the end of a process.
 
-    The threads of a group of ranks, taken apart at the end, now and then wait for a rank that is
-    gone, or abort a process that has done its work; and under Slurm submitit would write a result
-    that nobody reads, and fail where a kill has left half of one.
+    The threads of a process group, taken apart at the end, sometimes wait for a rank that is gone,
+    or abort a process that has done its work. Under Slurm, submitit would write a result that nobody
+    reads, and would fail where a kill has left half of one.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -133,12 +137,5 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def tell(run: Run) -> None:
-    """How the run ended, and what to type next."""
-    from atlas.run.summary import summary
-
-    print(summary(run), flush=True)
-
-
 if __name__ == "__main__":
-    leave(main(sys.argv[1]))
+    exit_process(main(sys.argv[1]))

@@ -51,18 +51,18 @@ class TorchrunLauncher(Launcher):
 def main(compose: Callable[[], Any]) -> None:
     """Rank 0 runs `compose`; the others wait for the run that comes of it and join."""
     if os.environ["RANK"] != "0":
-        worker.leave(_follow())
+        worker.exit_process(_follow())
     try:
         compose()
         publish("0")  # nothing was started: a plan was printed, or the run is finished
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else EXIT_FAILED
         publish(str(code))
-        worker.leave(code)
+        worker.exit_process(code)
     except BaseException:
         publish(str(EXIT_FAILED))
         raise
-    worker.leave(EXIT_DONE)
+    worker.exit_process(EXIT_DONE)
 
 
 def publish(outcome: str) -> None:

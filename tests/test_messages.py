@@ -43,7 +43,7 @@ def killed() -> str:
 
 def failed() -> str:
     where = {"rank": 1, "host": "node-17", "step": 12, "state": "failed"}
-    return failures.summary({**where, "reason": "crash: ValueError: shape\nand more"})
+    return failures.describe_failure({**where, "reason": "crash: ValueError: shape\nand more"})
 
 
 # THE GOLDEN TEXTS: whoever changes words changes these, and no other test. (What makes it, the text.)

@@ -17,7 +17,7 @@ from atlas.run.directory import Run
 from atlas.run.status import State
 from atlas.system.files import create_text
 
-# What can end a run, as `kind` in `logs/failure.json` and the first words of the status's reason.
+# What can end a run: `kind` in `logs/failure.json`, and the first words of the reason in `status.json`.
 STOPPED = "stopped"
 PREEMPTED = "preempted"
 CRASH = "crash"
@@ -32,8 +32,8 @@ OUT_OF_MEMORY = re.compile(
 CAUGHT = re.compile(r"Caught \w+ in .*\n.*Traceback", re.MULTILINE)  # in a data worker
 
 
-def kind(error: BaseException) -> str:
-    """Which of the kinds above `error` is."""
+def kind_of(error: BaseException) -> str:
+    """Return which of the kinds above `error` is."""
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
     if isinstance(error, NonFiniteError):
@@ -45,45 +45,45 @@ def kind(error: BaseException) -> str:
     return MEMORY if OUT_OF_MEMORY.search(str(error)) else CRASH
 
 
-def failure(error: BaseException) -> tuple[State, str]:
-    """The state that `error` leaves a run in, and the reason in words."""
+def state_after(error: BaseException) -> tuple[State, str]:
+    """Return the state that `error` leaves a run in, and the reason in words."""
     if isinstance(error, KeyboardInterrupt):
-        return State.KILLED, "left at once by a second Ctrl-C; the last checkpoint stands"
-    return State.FAILED, f"{kind(error)}: {type(error).__name__}: {message(error)}"
+        return State.KILLED, "aborted by a second Ctrl-C; the last checkpoint is valid"
+    return State.FAILED, f"{kind_of(error)}: {type(error).__name__}: {message(error)}"
 
 
 def may_retry(kind: str, advanced: bool) -> bool:
-    """Whether a failure of this kind may be tried again without a person's doing.
+    """Return whether to try again, without intervention, after a failure of this kind.
 
-    A preemption always. A crash only if a checkpoint has `advanced` since the attempt began: what
-    breaks at the same place again is no accident. What is not finite or too large would be so again.
+    A preemption: always. A crash: only if a checkpoint has `advanced` since the attempt began, since
+    what breaks at the same step twice is no accident. NaN and out of memory would happen again.
     """
     return kind == PREEMPTED or (kind == CRASH and advanced)
 
 
 def message(error: BaseException) -> str:
-    """What `error` says; of one that was raised in a data worker, without its traceback."""
+    """Return the message of `error`, without the traceback that a data worker puts into it."""
     text = str(error).strip() or "no message"
     if CAUGHT.match(text):
         return text.splitlines()[-1].partition(": ")[2] or text.splitlines()[-1]
     return text
 
 
-def at_step(error: BaseException, step: int) -> None:
-    """Note with `error` that it was raised in update `step`."""
-    with contextlib.suppress(AttributeError):  # a class without room for it
+def note_step(error: BaseException, step: int) -> None:
+    """Remember with `error` that it was raised in update `step`."""
+    with contextlib.suppress(AttributeError):  # a class with slots
         error.atlas_step = step  # type: ignore[attr-defined]
 
 
-def record(run: Run, rank: int, error: BaseException) -> None:
-    """Write the run's failure record, if no other rank has failed before.
+def record_failure(run: Run, rank: int, error: BaseException) -> None:
+    """Write the failure record of the run, unless another rank has failed before.
 
-    The ranks that fail after the first only tell that a peer is gone.
+    Ranks that fail after the first one only report that a peer is gone.
     """
-    state, reason = failure(error)
+    state, reason = state_after(error)
     plain = isinstance(error, AtlasError | KeyboardInterrupt)
     entry = {
-        "kind": kind(error),
+        "kind": kind_of(error),
         "rank": rank,
         "step": getattr(error, "atlas_step", None),
         "state": state,
@@ -94,10 +94,10 @@ def record(run: Run, rank: int, error: BaseException) -> None:
     _write(run, entry)
 
 
-def record_end(run: Run, rank: int, code: int) -> dict[str, Any]:
-    """Write and return the record of a rank that ended with exit code `code` and said nothing.
+def record_exit(run: Run, rank: int, code: int) -> dict[str, Any]:
+    """Write and return the record of a rank that ended with exit code `code` without a record.
 
-    The kernel ends with SIGKILL what takes too much memory, and nobody else is likely to.
+    SIGKILL most likely comes from the kernel, which ends a process that takes too much memory.
     """
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     killed = code == -signal.SIGKILL
@@ -117,8 +117,8 @@ def record_end(run: Run, rank: int, code: int) -> dict[str, Any]:
     return entry
 
 
-def summary(failure: Mapping[str, Any]) -> str:
-    """One line for the end of a log: what, where and when."""
+def describe_failure(failure: Mapping[str, Any]) -> str:
+    """Return one line for the end of a log: what failed, where and when."""
     step = "" if failure.get("step") is None else f" in update {failure['step']}"
     where = f"rank {failure.get('rank')} on {failure.get('host', 'unknown')}"
     first = str(failure["reason"]).splitlines()[0]

@@ -1,4 +1,20 @@
-"""The lock of a run's directory: one writer at a time, also across hosts and requeues."""
+"""The lock of a run's directory: one writer at a time, also across hosts and requeues.
+
+The lock is the file `lock.json`, which names its holder. To judge a holder and to replace the file is
+one act under the guard of the folder above, so of two processes that find a dead holder one gets the
+lock. On this host a holder is alive while a process with its pid and start time exists. On another host
+only the heartbeat, the file's modification time, tells: a holder that has been silent for `STALE_S`
+seconds is taken for dead.
+
+A job that Slurm requeues has to resume at once, and not `STALE_S` seconds later. The ranks of its
+previous attempt may live on, on a node that the controller has lost. So the same job with a higher
+restart count takes the lock over, even from a holder that seems alive, and every writer checks that it
+still holds the lock before each flush and save: the old rank 0 stops writing, whatever it computes.
+
+What a kill leaves behind: between the replacement of the file and the first heartbeat, a file that is
+fresh and names a dead process, which is judged by its pid or goes stale; during `release`, either the
+file or nothing. Nothing has to be removed by hand.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +32,7 @@ from atlas.errors import RunBusyError
 from atlas.system.files import guarded, write_json
 
 BEAT_S = 10.0
-# A holder on another host is given up when its heartbeat is older than this; on this host its
-# process is looked at instead.
+# A holder on another host is taken for dead when its heartbeat is older than this.
 STALE_S = 90.0
 
 
@@ -34,7 +49,7 @@ class Holder:
 
     @classmethod
     def me(cls) -> Holder:
-        """This process, with its Slurm job where it has one."""
+        """Return this process as a holder, with its Slurm job if it is part of one."""
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -46,7 +61,7 @@ class Holder:
 
 
 class Lock:
-    """Held from `acquire` to `release`, with a heartbeat; taken over when the holder is dead."""
+    """A lock with a heartbeat, from `acquire` to `release`; a dead holder loses it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +69,7 @@ class Lock:
         self._stop = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock or raise `RunBusyError` naming the live holder's host and pid."""
+        """Take the lock; raise `RunBusyError` with host and pid of a holder that is alive."""
         me = Holder.me()
         with guarded(self.path.parent.parent):
             other = self.holder()
@@ -62,7 +77,7 @@ class Lock:
                 raise RunBusyError(
                     f"{self.path.parent} is being written by process {other.pid} on {other.host}"
                     + (f" (job {other.job_id})" if other.job_id else "")
-                    + f", last heard of {self.age():.0f} s ago; wait for it, or stop it first"
+                    + f", last heartbeat {self.age():.0f} s ago; wait for it, or stop it first"
                 )
             write_json(self.path, asdict(me))
         self._mine = me
@@ -70,7 +85,7 @@ class Lock:
         threading.Thread(target=self._beat, name="atlas-heartbeat", daemon=True).start()
 
     def release(self) -> None:
-        """Give the lock back; a lock that somebody took over is left alone."""
+        """Release the lock, unless another process has taken it over."""
         self._stop.set()
         with guarded(self.path.parent.parent):
             if self.is_mine():
@@ -78,12 +93,12 @@ class Lock:
         self._mine = None
 
     def is_mine(self) -> bool:
-        """Whether this process still holds the lock; asked before every save and flush."""
+        """Return whether this process still holds the lock; asked before every save and flush."""
         holder = self.holder()
         return bool(self._mine and holder and holder.token == self._mine.token)
 
     def check(self) -> None:
-        """Raise `RunBusyError` when the lock was taken over by another process."""
+        """Raise `RunBusyError` if another process has taken the lock over."""
         if not self.is_mine():
             now = self.holder()
             by = f"process {now.pid} on {now.host}" if now else "nobody"
@@ -92,21 +107,21 @@ class Lock:
             )
 
     def holder(self) -> Holder | None:
-        """The recorded holder, dead or alive."""
+        """Return the recorded holder, dead or alive."""
         try:
             return Holder(**json.loads(self.path.read_text()))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            return None  # not written by this version of Atlas; nothing live writes such a file
+            return None  # no version of Atlas that still runs writes such a file
 
     def live_holder(self) -> Holder | None:
-        """The holder, if it is alive."""
+        """Return the holder if it is alive."""
         holder = self.holder()
         return holder if holder and self._is_live(holder) else None
 
     def age(self) -> float:
-        """Seconds since the last heartbeat."""
+        """Return the seconds since the last heartbeat."""
         try:
             return max(0.0, time.time() - self.path.stat().st_mtime)
         except FileNotFoundError:
@@ -125,19 +140,19 @@ class Lock:
 
 
 def job_id() -> str | None:
-    """The Slurm job that this process is part of, as squeue writes it: `12`, in an array `12_3`."""
+    """Return the Slurm job of this process as squeue writes it: `12`, in an array `12_3`."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{job}_{task}" if job and task else job
 
 
 def _supersedes(me: Holder, other: Holder) -> bool:
-    """A requeued job takes over from its own earlier life, whose ranks can outlive their node."""
+    """Return whether `me` is a later attempt of the job that `other` belongs to."""
     return me.job_id is not None and me.job_id == other.job_id and me.restarts > other.restarts
 
 
 def _started(pid: int) -> int:
-    """The start time of a process in clock ticks since boot, -1 where there is none."""
+    """Return the start time of a process in clock ticks since boot, -1 if it does not exist."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

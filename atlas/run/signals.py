@@ -1,4 +1,25 @@
-"""Signals that ask a run to save and leave, turned into a flag that is read between steps."""
+"""Signals that ask a run to save and stop, turned into a flag that is read between steps.
+
+A signal handler runs between any two bytecodes: in the middle of an update, of a collective or of a
+checkpoint. Nothing can be saved there, so the handler only sets a flag. The trainer reads it once an
+update, agrees with the other ranks (`atlas.training.ranks.agreement`), saves and leaves with exit code
+75. The one exception is a wait for data, which can take minutes: `Stop.wait` is left at once by
+`StopWaiting`, since nothing of the next update has begun then.
+
+Four signals are heard:
+
+- SIGUSR2: preemption, or the time limit of a Slurm job. Saved, then requeued.
+- SIGTERM: scancel, `timeout`, a node that shuts down. Saved, not requeued.
+- SIGINT: Ctrl-C. The first one saves; the second one aborts, and the last checkpoint remains valid.
+- SIGHUP: the terminal was closed. Saved. Under `nohup` it is ignored, as the user asked for.
+
+SIGUSR1 is left at its default, which ends the process: Slurm's and other tools' use of it differs from
+place to place, and nothing in Atlas sends it.
+
+A data worker is forked from the rank and inherits the handler; the pid tells it that the signal is not
+for it. Ranks that a launcher started get Ctrl-C from the launcher, once, since they are in process
+groups of their own.
+"""
 
 from __future__ import annotations
 
@@ -14,32 +35,32 @@ from typing import Any, TypeVar
 from atlas.run.status import State
 
 T = TypeVar("T")
-LONGEST_S = 1e9  # of a timer of the operating system; 30 years
+LONGEST_S = 1e9  # 30 years, the longest that a timer of the operating system takes
 
-# What a stop means, by signal: the state that the run is left in, and the words for it.
+# What a stop means, by signal: the state that the run is left in, and the reason in words.
 STATES = {
     signal.SIGUSR2: (State.PREEMPTED, "preempted (SIGUSR2)"),
     signal.SIGTERM: (State.KILLED, "stopped by SIGTERM"),
     signal.SIGINT: (State.KILLED, "stopped by Ctrl-C"),
     signal.SIGHUP: (State.KILLED, "stopped by SIGHUP: the terminal was closed"),
 }
-ASKED = tuple(STATES)
-# The order in which ranks that saw different signals agree; see `atlas.training.ranks.agreement`.
+STOP_SIGNALS = tuple(STATES)
+# Ranks that saw different signals agree on the last of them in this order.
 CODES = (None, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
-def heeded() -> list[signal.Signals]:
-    """The signals to listen to: all of the above, but for a SIGHUP that `nohup` has had ignored."""
+def signals_to_handle() -> list[signal.Signals]:
+    """Return the stop signals, without a SIGHUP that `nohup` has set to be ignored."""
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in ASKED if not (nohup and number == signal.SIGHUP)]
+    return [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
 
 
 class StopWaiting(BaseException):
-    """A stop was asked for while data was waited for; no data set's own `except` catches it."""
+    """A stop was asked for during a wait for data; no `except Exception` of a data set catches it."""
 
 
 class Stop:
-    """A context in which the signals above only set `signal`; a second Ctrl-C leaves at once."""
+    """A context in which a stop signal only sets `signal`; a second Ctrl-C aborts."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -49,7 +70,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            for number in heeded():
+            for number in signals_to_handle():
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -64,14 +85,14 @@ class Stop:
         """The request as a number that ranks can compare: 0 for none."""
         return CODES.index(self.signal)
 
-    def wait_no_longer_than(self, seconds: float) -> None:
-        """Have `wait` give up from so many seconds from now on."""
+    def limit_waiting(self, seconds: float) -> None:
+        """Make `wait` give up once `seconds` from now have passed."""
         if threading.current_thread() is threading.main_thread():
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._expire)
             signal.setitimer(signal.ITIMER_REAL, min(seconds, LONGEST_S))
 
     def wait(self, get: Callable[[], T]) -> T:
-        """`get()`, given up with `StopWaiting` as soon as a stop is asked for."""
+        """Return `get()`; raise `StopWaiting` as soon as a stop is asked for."""
         self._waiting = True
         try:
             if self.signal or self._expired:
@@ -87,12 +108,12 @@ class Stop:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._pid:
-            return  # a forked data worker inherits the handler; the signal is not for it
+            return  # a data worker, see above
         if self.signal is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         if number == signal.SIGINT and "ATLAS_SUPERVISED" not in os.environ:
-            message = "\nstopping after this step and saving; Ctrl-C again leaves at once\n"
+            message = "\nstopping after this step and saving; Ctrl-C again aborts\n"
             with contextlib.suppress(OSError):  # a terminal that is closed
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
         if self._waiting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,11 +14,11 @@ from atlas.data.protocol import Prepares
 from atlas.errors import AtlasError
 from atlas.protocol import offers
 from atlas.record.tracker import NullTracker, RunTracker, Tracker
-from atlas.run import trust
 from atlas.run.directory import Run
-from atlas.run.failures import at_step, failure
+from atlas.run.failures import note_step, state_after
 from atlas.run.lock import Lock
 from atlas.run.signals import Stop
+from atlas.run.trust import require_trust
 from atlas.system.progress import open_progress
 from atlas.training.build import arrange, build, doubts
 from atlas.training.feeding import features
@@ -36,9 +36,12 @@ from atlas.training.trainer import Outcome, Trainer, TrainState
 log = logging.getLogger(__name__)
 
 
-def train(run: Run, lock: Lock | None, stop: Stop) -> Outcome:
-    """Train `run` as the rank that the environment says; rank 0 holds the `lock`."""
-    config = trust.read_trusted_config(run)
+def train(run: Run, config: Mapping[str, Any], lock: Lock | None, stop: Stop) -> Outcome:
+    """Train `run` by its frozen `config` as the rank that the environment names.
+
+    Rank 0 holds the `lock`. Raise `AtlasError` for a configuration that may not be instantiated.
+    """
+    require_trust(run.config_file, config)
     settings = Settings.of(config)
     set_determinism(settings.trainer.deterministic)
     world = distributed.init(settings.cluster.device)
@@ -100,10 +103,10 @@ def fit(
         tracker.resume(state.step)
         outcome = trainer(tracker=tracker, progress=progress).fit()
     except BaseException as error:
-        at_step(error, state.step)
+        note_step(error, state.step)
         progress.close()
         with contextlib.suppress(OSError, AtlasError):  # a full disk: `error` tells of it
-            tracker.close(*failure(error))
+            tracker.close(*state_after(error))
         raise
     progress.close()
     left = tracker.close(outcome.state, outcome.reason, step=state.step, best=state.best)

@@ -98,7 +98,7 @@ class Trainer:
         self._saved_at = self._began = time.monotonic()
         if self.settings.max_time is not None:
             # Only when `_time_up` says so too: a rank that gives up has to say why.
-            stop.wait_no_longer_than(60 * self.settings.max_time + 0.05)
+            stop.limit_waiting(60 * self.settings.max_time + 0.05)
 
     def fit(self) -> Outcome:
         """Train to the last step, or until something asks to stop."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from atlas.errors import EXIT_STOPPED
 from atlas.run.directory import Run
-from atlas.run.signals import heeded
+from atlas.run.signals import signals_to_handle
 from launchers.local.ranks import Ranks, warm_context
 
 POLL_S = 0.1  # how long a signal waits to be handed on
@@ -89,7 +89,7 @@ class Forwarding:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
-        for number in heeded():
+        for number in signals_to_handle():
             self._before[number] = signal.signal(number, self._note)
 
     def __exit__(self, *_: object) -> None:

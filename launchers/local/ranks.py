@@ -16,8 +16,8 @@ from atlas import worker
 from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, RunBusyError
 from atlas.record.shipping.shipper import FLEET
 from atlas.run.directory import Run
-from atlas.run.failures import record_end
-from atlas.run.signals import ASKED
+from atlas.run.failures import record_exit
+from atlas.run.signals import STOP_SIGNALS
 from atlas.run.status import State, end_if_running
 from atlas.system.processes import die_with_parent
 from atlas.system.terminal import outlive
@@ -33,7 +33,7 @@ def warm_context() -> ForkServerContext:
     context.set_forkserver_preload(["__main__", "launchers.local.warm"])
     # What asks all processes to stop, as a terminal, Slurm and `timeout` do, is for the launcher. It
     # would end this one, and with it the ranks.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in ASKED}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
@@ -116,7 +116,7 @@ class Ranks:
             return  # ours are gone: another process has the run, and it is not ours to judge
         failure = self.run.read_failure()
         if failure is None:
-            failure = record_end(
+            failure = record_exit(
                 self.run, *next((r, c) for r, c in enumerate(codes) if c not in (None, 0, 75))
             )
         end_if_running(self.run, State(failure["state"]), failure["reason"])
@@ -150,7 +150,7 @@ def _enter(path: str, environment: Mapping[str, str], log: str | None) -> None:
     """What a rank does from its fork on."""
     die_with_parent()  # which is the warm process, and that ends with the launcher
     os.setpgrp()  # a terminal's Ctrl-C goes to the launcher, which hands it on once
-    for number in ASKED:  # which the warm process ignores
+    for number in STOP_SIGNALS:  # which the warm process ignores
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)

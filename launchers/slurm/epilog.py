@@ -19,7 +19,7 @@ from typing import Any
 
 from atlas.errors import AtlasError
 from atlas.run.directory import Run
-from atlas.run.failures import CRASH, MEMORY, PREEMPTED, may_retry, summary
+from atlas.run.failures import CRASH, MEMORY, PREEMPTED, describe_failure, may_retry
 from atlas.run.lock import job_id
 from atlas.run.status import State, end, requeue, undo_requeue
 from atlas.system.files import guarded, write_json
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
         write_json(run.failure_file, failure)
         end(run, State(failure["state"]), in_words(failure))
     tell_mlflow(run)
-    print(summary(failure), flush=True)
+    print(describe_failure(failure), flush=True)
 
 
 def judge(run: Run, log: Path) -> dict[str, Any] | None:

@@ -43,10 +43,10 @@ class Task:
         if rank:
             # Not 75: srun would end rank 0, which has the last metrics to send and the job to
             # requeue.
-            worker.leave(EXIT_DONE if code == EXIT_STOPPED else code)
+            worker.exit_process(EXIT_DONE if code == EXIT_STOPPED else code)
         if handler and code == EXIT_STOPPED:
             settle(run, handler)
-        worker.leave(code)
+        worker.exit_process(code)
 
     def checkpoint(self) -> Any:
         """What submitit puts back into the queue: the same task."""

@@ -11,7 +11,7 @@ import torch
 from commands import only_run, quick, status, train, unnamed
 
 from atlas.errors import AtlasError, BadSampleError, ConfigError, NonFiniteError
-from atlas.run import failures as reasons
+from atlas.run import failures
 from atlas.run.status import Status
 
 WORKER = """Caught BadSampleError in DataLoader worker process 1.
@@ -46,8 +46,8 @@ atlas.errors.BadSampleError: sample 3 cannot be read: OSError: torn"""
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_kinds(error, kind, state):
-    assert reasons.kind(error) == kind
-    found, reason = reasons.failure(error)
+    assert failures.kind_of(error) == kind
+    found, reason = failures.state_after(error)
     assert found == state and (
         state == "killed" or reason.startswith(f"{kind}: {type(error).__name__}: ")
     )
@@ -56,18 +56,18 @@ def test_kinds(error, kind, state):
 @pytest.mark.parametrize(
     "kind, advanced, allowed",
     [
-        (reasons.PREEMPTED, False, True),
-        (reasons.CRASH, True, True),
-        (reasons.CRASH, False, False),
-        *((kind, True, False) for kind in (reasons.NAN, reasons.MEMORY, reasons.CONFIG)),
+        (failures.PREEMPTED, False, True),
+        (failures.CRASH, True, True),
+        (failures.CRASH, False, False),
+        *((kind, True, False) for kind in (failures.NAN, failures.MEMORY, failures.CONFIG)),
     ],
 )
 def test_what_may_be_tried_again(kind, advanced, allowed):
-    assert reasons.may_retry(kind, advanced) == allowed
+    assert failures.may_retry(kind, advanced) == allowed
 
 
 def test_a_data_workers_error_is_told_without_its_traceback():
-    assert reasons.message(RuntimeError(WORKER)) == "sample 3 cannot be read: OSError: torn"
+    assert failures.message(RuntimeError(WORKER)) == "sample 3 cannot be read: OSError: torn"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_rank_that_said_nothing(tmp_path, code, kind, name):
     run = SimpleNamespace(
         failure_file=tmp_path / "failure.json", read_status=lambda: Status(step=4)
     )
-    reasons.record_end(run, 2, code)
+    failures.record_exit(run, 2, code)
     told = json.loads(run.failure_file.read_text())
     assert (told["kind"], told["state"], told["rank"], told["step"]) == (kind, "failed", 2, 4)
     assert told["host"] and told["reason"].startswith(kind)
@@ -91,8 +91,8 @@ def test_a_rank_that_said_nothing(tmp_path, code, kind, name):
 
 def test_the_first_record_stands(tmp_path):
     run = SimpleNamespace(failure_file=tmp_path / "failure.json")
-    reasons.record(run, 1, ValueError("first"))
-    reasons.record(run, 0, RuntimeError("a peer is gone"))
+    failures.record_failure(run, 1, ValueError("first"))
+    failures.record_failure(run, 0, RuntimeError("a peer is gone"))
     assert json.loads(run.failure_file.read_text())["message"] == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["failure.json"]
 

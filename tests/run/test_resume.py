@@ -179,7 +179,7 @@ def test_max_time_saves_and_stops(tmp_path):
 
 def test_a_time_limit_past_what_a_timer_takes():
     with Stop() as stop:
-        stop.wait_no_longer_than(1e12)
+        stop.limit_waiting(1e12)
 
 
 def test_mlflow_holds_every_point_of_a_killed_and_resumed_run_once(tmp_path):

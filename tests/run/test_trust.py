@@ -147,7 +147,7 @@ def test_no_secret_is_written_anywhere(tmp_path):
     arguments = quick(
         tmp_path / "o",
         "tracking=mlflow",
-        "tracking.wait_s=8",
+        "tracking.wait_s=60",
         "trainer.steps=5",
         f"+hydra.job.env_set.MLFLOW_TRACKING_PASSWORD={SECRET}",
     )

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from atlas.errors import AtlasError
-from atlas.run.signals import ASKED
+from atlas.run.signals import STOP_SIGNALS
 from atlas.system.processes import die_with_parent
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def _have_started(batches: Any, started: mmap.mmap) -> bool:
 
 def _start(started: mmap.mmap, worker: int) -> None:
     """Slurm and a terminal signal every process; a data worker that died would lose the save."""
-    for number in ASKED:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     torch.set_num_threads(1)

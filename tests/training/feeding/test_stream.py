@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from atlas.errors import ConfigError
-from atlas.run import failures as reasons
+from atlas.run import failures
 from atlas.training.feeding import workers
 from atlas.training.feeding.stream import (
     Fetcher,
@@ -169,13 +169,13 @@ class Torn:
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104), EOFError(), RuntimeError("exited")])
 @pytest.mark.parametrize(
-    "number, kind", [(signal.SIGKILL, reasons.MEMORY), (signal.SIGTERM, reasons.CRASH)]
+    "number, kind", [(signal.SIGKILL, failures.MEMORY), (signal.SIGTERM, failures.CRASH)]
 )
 def test_a_data_worker_that_was_killed_is_the_error(error, number, kind):
     torn = Torn(error, number)
     with pytest.raises((OSError, EOFError, RuntimeError)) as raised:
         workers.following(torn)
-    assert reasons.kind(raised.value) == kind
+    assert failures.kind_of(raised.value) == kind
     torn._workers[0].kill()
 
 
