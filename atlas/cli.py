@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; what a person can put right is a message, not a traceback."""
     from atlas.config.options import take_option
     from atlas.run import trust
-    from atlas.system.terminal import outlive
+    from atlas.system.terminal import ignore_closed_output
 
     parser = argparse.ArgumentParser(
         prog="atlas",
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))
     if argv is None:
-        outlive()
+        ignore_closed_output()
     trusted, rest = take_option(sys.argv[1:] if argv is None else argv, trust.OPTION)
     trust.add_prefixes(trusted)
     args = parser.parse_args(rest)

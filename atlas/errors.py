@@ -1,4 +1,11 @@
-"""What Atlas raises for a person to read, and the exit codes that a worker ends with."""
+"""Errors that Atlas raises for the user to read, and the exit codes of a worker.
+
+AtlasError            the message is enough: shown without a traceback
+├── ConfigError       the configuration is invalid; holds every problem, one line each
+├── RunBusyError      another live process writes the run
+└── NonFiniteError    the loss or the gradient is NaN or infinite
+BadSampleError        a sample cannot be read; shown with a traceback
+"""
 
 from __future__ import annotations
 
@@ -7,16 +14,16 @@ from collections.abc import Iterable, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
-EXIT_STOPPED = 75  # EX_TEMPFAIL: saved, stopped, and resumable by the same command
-EXIT_INTERRUPTED = 130  # left at once by a second Ctrl-C, as shells have it
+EXIT_STOPPED = 75  # EX_TEMPFAIL: saved and stopped; the same command resumes the run
+EXIT_INTERRUPTED = 130  # aborted by a second Ctrl-C, with the code that shells use
 
 
 class AtlasError(Exception):
-    """An error whose message is all that a person needs; shown without a traceback."""
+    """An error whose message is all that the user needs."""
 
 
 class ConfigError(AtlasError):
-    """The configuration cannot be run; holds every problem that was found, one line each."""
+    """The configuration is invalid; `problems` has one line for everything that was found."""
 
     def __init__(self, problems: Sequence[str] | str) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -29,19 +36,19 @@ class ConfigError(AtlasError):
 
 
 class RunBusyError(AtlasError):
-    """Another live process holds the run."""
+    """Another live process writes the run."""
 
 
 class NonFiniteError(AtlasError):
-    """The loss or the gradient was NaN or infinite."""
+    """The loss or the gradient is NaN or infinite."""
 
 
 class BadSampleError(Exception):
-    """A sample that cannot be read; with a traceback, as the cause can be a person's own code."""
+    """A sample cannot be read; not an AtlasError, since the cause can be in the user's code."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'? There are: a, b` for an error message about an unknown name."""
+    """Return `; did you mean 'x'? There are: x, y` to complete a message about an unknown name."""
     choices = sorted(set(choices))
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else "."

@@ -24,7 +24,7 @@ from atlas.run.provenance import Provenance
 from atlas.run.resume import adopt, announce, keep_effective_batch, require_source
 from atlas.run.status import State
 from atlas.run.summary import summary
-from atlas.system.terminal import outlive
+from atlas.system.terminal import ignore_closed_output
 from atlas.version import ROOT
 from launchers import command_line, torchrun
 from launchers.base import Launcher
@@ -42,7 +42,7 @@ def start(main: Callable[[], Any], takes_file: bool = False) -> None:
 
     `takes_file`: the command line may hold --config FILE.
     """
-    outlive()
+    ignore_closed_output()
     sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
     typed = command_line.parse(sys.argv[1:], takes_file)
     trust.add_prefixes(typed.trusted)

@@ -1,4 +1,4 @@
-"""A training configuration in one file, with `training.*` and `data.*`, as overrides of Atlas's."""
+"""A configuration in one file with the keys `training.*` and `data.*`, translated to overrides."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def overrides_of(file: str) -> list[str]:
 
 
 def read(path: Path) -> Mapping[str, Any]:
-    """The file's values; `ConfigError` where it cannot be read as YAML."""
+    """Return the values of the file; raise `ConfigError` if it is not readable YAML."""
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -40,7 +40,7 @@ def read(path: Path) -> Mapping[str, Any]:
 
 
 def overrides(values: Mapping[str, Any], file: str) -> list[str]:
-    """Overrides for `values`; raises `ConfigError` with every key that is unknown."""
+    """Return overrides for the `values` of `file`; raise `ConfigError` with every problem in them."""
     known = [*KEYS, MULTIPLIERS]
     found = {key: value for key, value in flatten(values).items() if value != {}}
     problems = [

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from atlas.errors import RunBusyError
 from atlas.system.files import guarded, write_json
+from atlas.system.processes import is_running, start_time
 
 BEAT_S = 10.0
 # A holder on another host is taken for dead when its heartbeat is older than this.
@@ -53,7 +54,7 @@ class Holder:
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
-            started=_started(os.getpid()),
+            started=start_time(os.getpid()),
             job_id=job_id(),
             restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             token=uuid.uuid4().hex,
@@ -129,7 +130,7 @@ class Lock:
 
     def _is_live(self, holder: Holder) -> bool:
         if holder.host == socket.gethostname():
-            return _started(holder.pid) == holder.started
+            return is_running(holder.pid, holder.started)
         return self.age() < STALE_S
 
     def _beat(self) -> None:
@@ -149,13 +150,3 @@ def job_id() -> str | None:
 def _supersedes(me: Holder, other: Holder) -> bool:
     """Return whether `me` is a later attempt of the job that `other` belongs to."""
     return me.job_id is not None and me.job_id == other.job_id and me.restarts > other.restarts
-
-
-def _started(pid: int) -> int:
-    """Return the start time of a process in clock ticks since boot, -1 if it does not exist."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return -1
-    fields = stat.rpartition(")")[2].split()
-    return -1 if fields[0] == "Z" else int(fields[19])

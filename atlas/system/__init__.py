@@ -1,1 +1,1 @@
-"""What the operating system is asked for: files, processes and the terminal."""
+"""What Atlas asks the operating system for: files, processes and the terminal."""

@@ -1,4 +1,4 @@
-"""Counting GPUs without importing torch or touching CUDA (which would break forked workers)."""
+"""The GPUs of this machine, found without torch: a process that has used CUDA cannot fork workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that a process started here would see, as CUDA_VISIBLE_DEVICES would name them."""
+    """Return the GPUs that a child process would see, as CUDA_VISIBLE_DEVICES names them."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         # CUDA itself stops reading the list at the first entry that is not a device.
@@ -20,11 +20,10 @@ def visible_gpus() -> list[str]:
 
 
 def _count() -> int:
-    """The NVIDIA driver lists one folder a GPU; nvidia-smi is the slower second opinion."""
-    folder = Path("/proc/driver/nvidia/gpus")
+    folder = Path("/proc/driver/nvidia/gpus")  # of the driver, with one folder per GPU
     if folder.is_dir():
         return len(list(folder.iterdir()))
-    if not shutil.which("nvidia-smi"):
+    if not shutil.which("nvidia-smi"):  # slower, and for systems without that folder
         return 0
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a training run as it is shown: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-LINE_S = 10.0
+LINE_S = 10.0  # seconds between two lines
 
 
 class Lines:
-    """A line every ten seconds and for every validation."""
+    """Progress in lines: one every `LINE_S` seconds and one for every validation."""
 
     def __init__(self, steps: int, start: int) -> None:
         self._steps = steps
@@ -20,21 +20,21 @@ class Lines:
         self._shown = float("-inf")
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Update `step` was taken."""
+        """Show update `step`, which is done, if a line is due."""
         if time.monotonic() - self._shown >= LINE_S or step == self._steps - 1:
             self._shown = time.monotonic()
-            self.say(f"step {step + 1}/{self._steps}  {self._facts(step, metrics)}")
+            self.message(f"step {step + 1}/{self._steps}  {self._facts(step, metrics)}")
 
     def validated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
-        """A validation after `step` updates ended."""
-        self.say(f"step {step}/{self._steps}  {validation_text(metrics, best)}")
+        """Show a validation after `step` updates."""
+        self.message(f"step {step}/{self._steps}  {validation_text(metrics, best)}")
 
-    def say(self, text: str) -> None:
-        """Anything else."""
+    def message(self, text: str) -> None:
+        """Show a line of text."""
         print(text, flush=True)
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Release the terminal."""
 
     def _facts(self, step: int, metrics: Mapping[str, float]) -> str:
         done = step + 1 - self._start
@@ -43,7 +43,7 @@ class Lines:
 
 
 class Bar(Lines):
-    """A progress bar by rich, with validations as lines above it."""
+    """Progress as a bar by rich; validations are lines above it."""
 
     def __init__(self, steps: int, start: int) -> None:
         super().__init__(steps, start)
@@ -59,41 +59,45 @@ class Bar(Lines):
         self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar to update `step`."""
         self._bar.update(self._task, completed=step + 1, facts=self._facts(step, metrics))
 
     def validated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
+        """Show a validation above the bar."""
         self._bar.console.print(f"step {step}  {validation_text(metrics, best)}", highlight=False)
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
+        """Show a line of text above the bar."""
         self._bar.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
+        """Stop the bar and release the terminal."""
         self._bar.stop()
 
 
 class Silent(Lines):
-    """Ranks other than 0, and `trainer.progress=false`."""
+    """No progress: for ranks other than 0 and `trainer.progress=false`."""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        pass
+        """Show nothing."""
 
     def validated(self, step: int, metrics: Mapping[str, float], best: bool) -> None:
-        pass
+        """Show nothing."""
 
-    def say(self, text: str) -> None:
-        pass
+    def message(self, text: str) -> None:
+        """Show nothing."""
 
 
-def open_progress(wanted: Any, main: bool, steps: int, start: int) -> Lines:
-    """The display for `trainer.progress`; `auto` is a bar on a terminal and lines elsewhere."""
-    if not main or wanted is False:
+def open_progress(setting: Any, is_main: bool, steps: int, start: int) -> Lines:
+    """Return the display for `trainer.progress`; `auto` is a bar on a terminal, lines elsewhere."""
+    if not is_main or setting is False:
         return Silent(steps, start)
-    bar = wanted is True or sys.stdout.isatty()
-    return (Bar if bar else Lines)(steps, start)
+    has_bar = setting is True or sys.stdout.isatty()
+    return (Bar if has_bar else Lines)(steps, start)
 
 
 def training_text(metrics: Mapping[str, float]) -> str:
-    """Loss, the highest rate and the speed, as far as they are known."""
+    """Return loss, highest learning rate and speed, as far as `metrics` has them."""
     rates = [value for key, value in metrics.items() if key.startswith("lr/")]
     words = []
     if "train/loss" in metrics:
@@ -106,7 +110,7 @@ def training_text(metrics: Mapping[str, float]) -> str:
 
 
 def validation_text(metrics: Mapping[str, float], best: bool) -> str:
-    """All validation metrics on one line."""
+    """Return all validation metrics on one line."""
     values = "  ".join(
         f"{key} {value:.4g}" for key, value in metrics.items() if key != "val/time_s"
     )
@@ -114,7 +118,7 @@ def validation_text(metrics: Mapping[str, float], best: bool) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Return a time in seconds as `1:02:03` or `2:03`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -202,7 +202,7 @@ class Trainer:
         self.tracker.log(pending.step, metrics)
         self.progress.update(pending.step, metrics)
         if warning := self.tracker.warning():
-            self.progress.say(f"warning: {warning}")
+            self.progress.message(f"warning: {warning}")
 
     def _begin(self, batches: Iterator[Any]) -> Outcome | None:
         """Get ready for the first update, and make the validation that a stop kept this step from."""

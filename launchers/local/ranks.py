@@ -20,7 +20,7 @@ from atlas.run.failures import record_exit
 from atlas.run.signals import STOP_SIGNALS
 from atlas.run.status import State, end_if_running
 from atlas.system.processes import die_with_parent
-from atlas.system.terminal import outlive
+from atlas.system.terminal import ignore_closed_output
 
 
 def warm_context() -> ForkServerContext:
@@ -159,5 +159,5 @@ def _enter(path: str, environment: Mapping[str, str], log: str | None) -> None:
         sys.stdout.flush()
         os.dup2(fd, 1)
         os.dup2(fd, 2)
-    outlive()
+    ignore_closed_output()
     raise SystemExit(worker.main(Path(path)))
