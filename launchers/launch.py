@@ -1,23 +1,27 @@
-"""From a composed configuration to a submitted run: what `train.py` calls."""
+"""From the command line to a submitted run, in the order of the calls.
+
+    start    parses the command line; Hydra composes what it says and calls
+    launch   which resolves the configuration, checks it, freezes it in the directory of its run
+             (`Run.create`) and submits that run to its launcher
+
+A sweep leaves this path at Hydra, which calls its plugins instead of `launch` (launchers/sweep.py).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from atlas.config.checks import check, not_set
 from atlas.config.dotted import flatten
-from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, AtlasError, ConfigError
+from atlas.errors import EXIT_DONE, ConfigError
 from atlas.run import trust
 from atlas.run.directory import Run
 from atlas.run.provenance import Provenance
@@ -28,19 +32,15 @@ from atlas.system.terminal import ignore_closed_output
 from atlas.version import ROOT
 from launchers import command_line, torchrun
 from launchers.base import Launcher
-from launchers.command_line import CommandLine
 from launchers.dry_run import print_plan
-from launchers.hydra_errors import explain, first_line, is_hydras, is_of_a_file
+from launchers.hydra_errors import first_line, report_errors
 from launchers.local.ranks import warm_context
-
-# Set by a person who wants to see where an error comes from.
-FULL_ERROR = "HYDRA_FULL_ERROR" in os.environ
 
 
 def start(main: Callable[[], Any], takes_file: bool = False) -> None:
-    """Run the `main` of train.py: alone, or as one of the ranks that torchrun has started.
+    """Run `main`, Hydra's entry point: alone, or as one of the ranks that torchrun has started.
 
-    `takes_file`: the command line may hold --config FILE.
+    With `takes_file` the command line may hold --config FILE.
     """
     ignore_closed_output()
     sys.path.append(str(ROOT / "launchers" / "plugins"))  # where Hydra finds the sweeper
@@ -51,24 +51,21 @@ def start(main: Callable[[], Any], takes_file: bool = False) -> None:
         sys.argv[1:] = typed.arguments()
         main()
 
-    with reported(typed):
+    with report_errors(typed):
         if torchrun.is_torchrun():
             torchrun.refuse("launchers.local.", typed.is_sweep)
             torchrun.main(compose)
         else:
             if typed.is_sweep and not typed.sets("cluster"):
-                warm_context()  # it imports torch while the sweep is composed
+                warm_context()  # imports torch while the sweep is composed
             compose()
 
 
+@report_errors()  # in `start` it would be too late: Hydra prints a text of its own before that
 def launch(cfg: DictConfig) -> None:
-    """Check `cfg`, create its run and hand it to its launcher; exits with the run's exit code."""
-    with reported():  # here too, or Hydra adds words of its own to an error
-        _launch(cfg)
-
-
-def _launch(cfg: DictConfig) -> None:
-    provenance = _provenance()
+    """Check `cfg`, create its run and submit it; exit with the run's exit code if it failed."""
+    hydra = HydraConfig.get()
+    provenance = Provenance.collect(list(hydra.overrides.task), user_modules(hydra))
     config = resolve(cfg)
     if config.get("resume"):
         config, provenance = adopt(config, provenance)
@@ -84,11 +81,11 @@ def _launch(cfg: DictConfig) -> None:
     if run.judge_state() is State.FINISHED and not config["fresh"]:
         print(summary(run))
         return
-    run.refuse_if_live()  # before anything is printed about resuming it
+    run.refuse_if_live()  # before `announce` says that it resumes
     announce(run, config, launcher.world_size, provenance)
     launcher.preflight([config])
     if config["fresh"] and (aside := run.move_aside()):
-        print(f"moved the run that was there aside: {aside}")
+        print(f"moved the existing run to {aside}")
     run.create(config, launcher.world_size, provenance)
     print(f"run {run.id} in {run.path}", flush=True)
     for handle in launcher.submit([run]):
@@ -100,7 +97,7 @@ def _launch(cfg: DictConfig) -> None:
 
 
 def launcher_of(config: dict[str, Any]) -> Launcher:
-    """The launcher that `cluster` describes, or the one that joins torchrun's ranks."""
+    """Return the launcher that `cluster` describes, or under torchrun the one for its ranks."""
     if not torchrun.is_torchrun():
         launcher: Launcher = instantiate(config["cluster"], _convert_="all")
         return launcher
@@ -118,7 +115,7 @@ def _run_of(config: dict[str, Any], world_size: int) -> Run:
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """All of `cfg` as plain values, interpolations resolved; missing values stay `???`."""
+    """Return `cfg` as plain values, with its interpolations resolved."""
     try:
         config = OmegaConf.to_container(cfg, resolve=True)
     except InterpolationToMissingValueError:
@@ -130,7 +127,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _resolve_around_missing(cfg: DictConfig) -> dict[str, Any]:
-    """Raises `ConfigError` for mandatory values that are missing, and for all else that is wrong."""
+    """Raise `ConfigError` with every missing value and everything else that is wrong."""
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     missing = [key for key, value in flatten(raw).items() if value == "???"]
     filled = OmegaConf.create(raw)
@@ -151,40 +148,13 @@ def _unresolved(error: OmegaConfBaseException) -> str:
     return f"{error.full_key or 'the configuration'}: {first_line(error)}"
 
 
-@contextlib.contextmanager
-def reported(typed: CommandLine | None = None) -> Iterator[None]:
-    """Show errors that the user can correct as a message, all others as Python does.
+def user_modules(hydra: Any) -> list[str]:
+    """Return the folders given by --config-dir, after putting them on `sys.path`.
 
-    `typed` is for errors of composing it; later ones are not about a single override.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself
-    try:
-        yield
-    except KeyboardInterrupt:  # nothing runs yet, so nothing is lost
-        raise SystemExit(EXIT_INTERRUPTED) from None
-    except Exception as error:
-        known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
-        known = known or is_of_a_file(error)
-        if FULL_ERROR or not (known or is_hydras(error)):
-            raise
-        print(
-            f"error: {explain(error, typed or CommandLine(), ROOT / 'conf', check)}",
-            file=sys.stderr,
-        )
-        raise SystemExit(1) from None
-
-
-def own_modules(hydra: Any) -> list[str]:
-    """The folders given by --config-dir, where a person's modules sit beside their YAML files.
-
-    They join `sys.path`. `hydra` is Hydra's own part of a composed configuration.
+    Users keep their modules there, next to their YAML files. `hydra` is Hydra's own section of a
+    composed configuration.
     """
     sources = hydra.runtime.config_sources
-    own = [str(Path(s.path).absolute()) for s in sources if s.provider == "command-line"]
-    sys.path[:0] = [path for path in own if path not in sys.path]
-    return own
-
-
-def _provenance() -> Provenance:
-    hydra = HydraConfig.get()
-    return Provenance.collect(list(hydra.overrides.task), own_modules(hydra))
+    folders = [str(Path(s.path).absolute()) for s in sources if s.provider == "command-line"]
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path]
+    return folders

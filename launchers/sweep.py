@@ -39,9 +39,9 @@ class Started:
 
 def sweep_and_tell(jobs: Sequence[Job], modules: Sequence[str]) -> None:
     """Run what is missing of `jobs` and print the table; exits as the worst of them did."""
-    from launchers.launch import reported
+    from launchers.hydra_errors import report_errors
 
-    with reported():
+    with report_errors():
         started = start(jobs, modules)
         code = EXIT_DONE
         for each in started:
@@ -56,9 +56,9 @@ def sweep_and_tell(jobs: Sequence[Job], modules: Sequence[str]) -> None:
 
 def outcomes(jobs: Sequence[Job], modules: Sequence[str]) -> list[float | Exception]:
     """The objective of every job, once it has ended; the exception of one that failed."""
-    from launchers.launch import reported
+    from launchers.hydra_errors import report_errors
 
-    with reported():
+    with report_errors():
         started = start(jobs, modules)
         if any(each.handle and each.launcher.is_detached for each in started):
             raise ConfigError(

@@ -12,21 +12,18 @@ import pytest
 from commands import unnamed
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from omegaconf.errors import OmegaConfBaseException
 
 from atlas.config.checks import check
 from atlas.config.dotted import flatten
 from atlas.config.schema import KEYS
-from atlas.errors import AtlasError
 from atlas.run.directory import Run
 from atlas.run.provenance import Provenance
-from atlas.run.resume import adopt, check_source
-from atlas.run.summary import outline
+from atlas.run.resume import adopt, require_source
 from launchers.command_line import CommandLine
-from launchers.hydra_errors import explain, is_hydras
+from launchers.dry_run import outline
+from launchers.hydra_errors import explain, is_correctable
 from launchers.launch import launcher_of, resolve
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -125,11 +122,11 @@ def override() -> st.SearchStrategy[str]:
 def plan(overrides: list[str]) -> str:
     """All that train.py does with `overrides` up to the plan: every step that needs no torch."""
     config = resolve(compose("config", overrides))
-    command = Provenance.collect(overrides)
+    provenance = Provenance.collect(overrides)
     if config.get("resume"):
-        config = adopt(config, command)
+        config, _ = adopt(config, provenance)
     check(config)
-    check_source(config)
+    require_source(config)
     launcher = launcher_of(config)
     launcher.check()
     run = Run.locate(config, launcher.world_size)
@@ -145,7 +142,7 @@ def code_state() -> dict[str, Any]:
 def quick_commands(conf: None) -> Iterator[None]:
     """The state of the code is asked of git, a hundred times slower than all else here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.run.directory.code_state", lambda folder: code_state())
+        patch.setattr("atlas.run.provenance.code_state", lambda folder: code_state())
         patch.setattr("atlas.system.devices._count", lambda: 0)
         yield
 
@@ -153,7 +150,7 @@ def quick_commands(conf: None) -> Iterator[None]:
 def told(error: Exception, overrides: list[str]) -> str:
     """What train.py says; composes again, as it does."""
     try:
-        return explain(error, CommandLine(overrides=tuple(overrides)), CONF, check)
+        return explain(error, CommandLine(overrides=tuple(overrides)))
     finally:
         GlobalHydra.instance().clear()
         initialize_config_dir(str(CONF), version_base="1.3")
@@ -165,8 +162,7 @@ def plans_or_tells(folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: lis
     try:
         assert re.search(r"\b[0-9a-f]{10}\b", plan(overrides))  # the id of the run
     except Exception as error:
-        known = isinstance(error, AtlasError | HydraException | OmegaConfBaseException)
-        assert known or is_hydras(error), overrides
+        assert is_correctable(error), overrides
         text = told(error, overrides)
         assert text.strip() and "Traceback" not in text and "full_key" not in text
         assert not re.search(r"\b0x[0-9a-f]{8,}", text)

@@ -12,7 +12,7 @@ from atlas.record.shipping.shipper import Fleet
 from atlas.run.directory import Run
 from atlas.run.summary import summary
 from atlas.system.devices import visible_gpus
-from launchers.base import Handle, Launcher, check_gpus
+from launchers.base import Handle, Launcher
 from launchers.local.pool import Pool
 from launchers.local.ranks import failure_text
 
@@ -114,3 +114,19 @@ class LocalLauncher(Launcher):
     def _tell_short(run: Run, code: int) -> None:
         """One line for a run among many."""
         print(summary(run).splitlines()[0], flush=True)
+
+
+def check_gpus(wanted: int, device: str) -> None:
+    """Raise `ConfigError` if this machine has fewer GPUs than `wanted` ranks on `device` need."""
+    visible = len(visible_gpus())
+    if device == "cuda" and visible == 0:
+        raise ConfigError(
+            "cluster.device=cuda and this machine shows no GPU (see nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES); use cluster.device=cpu to train on the CPU"
+        )
+    if device != "cpu" and visible and wanted > visible:
+        raise ConfigError(
+            f"cluster.nproc_per_node={wanted} asks for more GPUs than the {visible} that are "
+            f"visible; use cluster.nproc_per_node={visible}, or cluster.device=cpu for processes on "
+            "the CPU"
+        )

@@ -28,7 +28,7 @@ class AtlasSweeper(Sweeper):
         self._config = config
 
     def sweep(self, arguments: list[str]) -> Any:
-        from launchers.launch import own_modules
+        from launchers.launch import user_modules
         from launchers.sweep import Job, sweep_and_tell
 
         parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(arguments)
@@ -46,7 +46,7 @@ class AtlasSweeper(Sweeper):
             Job(config, [*fixed, *combination], combination, keys)
             for config, combination in zip(configs, combinations, strict=True)
         ]
-        return sweep_and_tell(jobs, own_modules(self._config.hydra))
+        return sweep_and_tell(jobs, user_modules(self._config.hydra))
 
     def _compose(
         self, swept: list[Override], fixed: list[str], combinations: list[list[str]]
@@ -91,7 +91,7 @@ class AtlasLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from launchers.launch import own_modules, resolve
+        from launchers.launch import resolve, user_modules
         from launchers.sweep import Job, outcomes
 
         fixed = set.intersection(*(set(overrides) for overrides in job_overrides))
@@ -101,7 +101,7 @@ class AtlasLauncher(Launcher):
             own = [o for o in overrides if o not in fixed] or list(overrides)
             keys = [text.lstrip("+").partition("=")[0] for text in own]
             jobs.append(Job(resolve(without_hydra(config)), list(overrides), own, keys))
-        modules = own_modules(self._config.hydra)
+        modules = user_modules(self._config.hydra)
         return [self._returned(value) for value in outcomes(jobs, modules)]
 
     @staticmethod

@@ -28,7 +28,7 @@ from commands import (
 )
 
 from atlas.run.directory import Run
-from launchers.launch import reported
+from launchers.hydra_errors import report_errors
 
 SMALL = (
     "cluster.device=cpu",
@@ -289,8 +289,8 @@ def test_interrupted_while_the_ranks_start(tmp_path):
 
 
 def test_interrupted_before_a_run_is_there(monkeypatch):
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which `reported` sets
-    with pytest.raises(SystemExit) as left, reported():
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which `report_errors` sets
+    with pytest.raises(SystemExit) as left, report_errors():
         raise KeyboardInterrupt
     assert left.value.code == 130
 
