@@ -134,7 +134,7 @@ def plan(overrides: list[str]) -> str:
 
 
 @functools.cache
-def code_state() -> dict[str, Any]:
+def code_version() -> dict[str, Any]:
     return {"commit": None, "clean": None, "digest": "0"}
 
 
@@ -142,7 +142,7 @@ def code_state() -> dict[str, Any]:
 def quick_commands(conf: None) -> Iterator[None]:
     """The state of the code is asked of git, a hundred times slower than all else here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("atlas.run.provenance.code_state", lambda folder: code_state())
+        patch.setattr("atlas.run.provenance.code_version", lambda folder: code_version())
         patch.setattr("atlas.system.devices._count", lambda: 0)
         yield
 
