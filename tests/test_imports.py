@@ -119,12 +119,12 @@ def test_a_wrong_command_loads_nothing_heavy(tmp_path):
     ("library", "allowed"),
     [
         ("torch", ("atlas/training/", "atlas/policy/", "atlas/models/", "atlas/data/")),
-        ("mlflow", ("atlas/record/shipping/mlflow_store.py",)),
+        ("mlflow", ("atlas/record/shipping/mlflow_",)),
         ("submitit", ("launchers/slurm/sbatch.py", "launchers/slurm/task.py")),
         ("transformers", ("atlas/models/",)),
         ("pyarrow", ("atlas/data/lerobot/",)),
         ("av", ("atlas/data/lerobot/",)),
-        ("matplotlib", ("atlas/record/report.py", "atlas/policy/trajectories.py")),
+        ("matplotlib", ("atlas/record/figure.py", "atlas/policy/trajectories.py")),
         (
             "hydra",
             (

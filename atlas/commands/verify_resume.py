@@ -24,6 +24,7 @@ from atlas.record import journal
 from atlas.run.directory import Run
 from atlas.version import ROOT
 
+HELP = "run a model straight and with a kill, and compare both bit by bit"
 POLL_S = 0.0005  # a step of a tiny model takes about a millisecond
 ATTEMPTS = 3
 END_S = 20.0  # for a killed run's processes to be gone

@@ -161,6 +161,14 @@ def parse(path: Path, raw: bytes, end: int) -> dict[str, Any] | None:
     return None
 
 
+def size(path: Path) -> int:
+    """Return the size of `path` in bytes; 0 if it does not exist."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def count_lines(path: Path) -> int:
     """Return how many complete lines `path` has; 0 if it does not exist."""
     if not path.exists():

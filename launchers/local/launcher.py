@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from atlas import worker
 from atlas.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
-from atlas.record.shipping.shipper import Fleet
+from atlas.record.shipping.shipper import open_pool_shipper
 from atlas.run.directory import Run
 from atlas.run.summary import summary
 from atlas.system.devices import visible_gpus
@@ -80,11 +80,11 @@ class LocalLauncher(Launcher):
     def _run_many(self, runs: Sequence[Run]) -> list[int]:
         """All `runs`, with one process that sends their journals to MLflow."""
         pool = self._pool(len(runs))
-        fleet = Fleet(runs, max(float(run.read_config()["tracking"]["wait_s"]) for run in runs))
-        fleet.start()
+        shipper = open_pool_shipper(runs)
+        shipper.start()
         codes = pool.run(runs, self._tell_short)
-        if left := fleet.finish():
-            print(f"warning: {left}", file=sys.stderr)
+        if missing := shipper.finish():
+            print(f"warning: {missing}", file=sys.stderr)
         return codes
 
     def _pool(self, runs: int) -> Pool:

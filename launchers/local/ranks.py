@@ -14,7 +14,7 @@ from pathlib import Path
 
 from atlas import worker
 from atlas.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, RunBusyError
-from atlas.record.shipping.shipper import FLEET
+from atlas.record.shipping.shipper import SHIPPED_BY_POOL
 from atlas.run.directory import Run
 from atlas.run.failures import record_exit
 from atlas.run.signals import STOP_SIGNALS
@@ -68,7 +68,7 @@ class Ranks:
             "ATLAS_LAUNCHER": "local",
             "ATLAS_SUPERVISED": "1",
             "ATLAS_THREADS": str(threads),
-            **({} if alone else {FLEET: "1"}),
+            **({} if alone else {SHIPPED_BY_POOL: "1"}),
             **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
         }
         self._processes: list[ForkServerProcess] = []

@@ -133,7 +133,7 @@ def test_the_command_and_its_artifacts(
     said = capsys.readouterr().out
     assert "hold_state" in said
     assert str(run.evaluation_picture.parent) in said
-    shipped = sync(run)
+    [shipped] = sync([run])
     assert shipped.error is None
     uploaded = json.loads(run.mlflow_file.read_text())["uploaded"]
     assert {"evaluation.json", "evaluation.png"} <= set(uploaded)

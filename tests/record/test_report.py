@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from atlas.record.report import draw, read_curves, smooth
+from atlas.record.figure import smooth
+from atlas.record.report import draw, read_curves
 from atlas.run.directory import Run
 from atlas.run.provenance import Provenance
 

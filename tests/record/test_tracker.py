@@ -14,6 +14,7 @@ from atlas.record.tracker import NullTracker, RunTracker, Tracker
 from atlas.run.directory import Run
 from atlas.run.lock import Lock
 from atlas.run.provenance import Provenance
+from atlas.run.status import State
 
 
 class FakeShipper:
@@ -154,7 +155,7 @@ def test_a_problem_of_the_server_is_reported_once(run, lock, shipper):
 def test_close_records_the_end_before_it_waits_for_the_shipper(run, lock, shipper, state, wait_s):
     tracker = opened(run, lock)
     tracker.log(0, {"train/loss": 0.5})
-    assert tracker.close(state, "because", step=1) == "2 points are missing"
+    assert tracker.close(State(state), "because", step=1) == "2 points are missing"
     assert (shipper.seen["state"], shipper.seen["reason"]) == (state, "because")
     assert shipper.waited == wait_s
     status = json.loads(run.status_file.read_text())
@@ -182,5 +183,5 @@ def test_the_null_tracker_has_every_call_and_writes_nothing(tmp_path, monkeypatc
     tracker.log_samples(0, [1])
     tracker.update_status(step=1)
     tracker.flush()
-    assert tracker.warning() is None and tracker.close("finished", None) is None
+    assert tracker.warning() is None and tracker.close(State.FINISHED, None) is None
     assert list(tmp_path.iterdir()) == []

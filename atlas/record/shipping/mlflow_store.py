@@ -1,11 +1,8 @@
-"""The place of a run in an MLflow store; the only module that imports mlflow."""
+"""The place of a run in an MLflow store."""
 
 from __future__ import annotations
 
-import os
-import posixpath
 import re
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,16 +17,14 @@ from atlas.config.dotted import flatten
 from atlas.config.secrets import mask_uris
 from atlas.errors import AtlasError
 from atlas.record.shipping.cursor import Cursor, points
-from atlas.record.shipping.tags import marks, run_name, tags
-from atlas.record.sweep import FOLDER, Sweep
+from atlas.record.shipping.log import reason, say
+from atlas.record.shipping.mlflow_sweep import ENDED, SweepRun, sweep_of
+from atlas.record.shipping.tags import marks, run_name, tags, valid_key
 from atlas.run.directory import Run
-from atlas.run.status import State, Status
-from atlas.run.summary import local_time
-from atlas.system.files import atomic_path, guarded, locked
+from atlas.run.status import Status
+from atlas.system.files import atomic_path, locked
 
-PARENT = "mlflow.parentRunId"  # what MLflow's own pages nest runs by
-SWEEP = "atlas.sweep_id"
-ENDED = {State.FINISHED: "FINISHED", State.FAILED: "FAILED", State.KILLED: "KILLED"}
+PARENT = "mlflow.parentRunId"  # the tag by which MLflow's pages nest runs
 
 
 class Store:
@@ -42,27 +37,31 @@ class Store:
         self._client = MlflowClient(tracking_uri=uri)
         self._id = ""
 
-    def open(self, run: Run, config: Mapping[str, Any], cursor: Cursor, live: bool) -> None:
-        """Find the run's MLflow run or create it, and say in it what the run is."""
+    def open(self, run: Run, config: Mapping[str, Any], cursor: Cursor, is_running: bool) -> None:
+        """Find the run's MLflow run or create it, and write its params and tags.
+
+        In another MLflow run than the cursor names, nothing of the journal has been sent.
+        """
         status = run.read_status()
         found = self._recorded(cursor) or self._found_or_created(config, status)
         self._id = found.info.run_id
         if cursor.run_id != self._id:
-            cursor.offset = cursor.shipped = cursor.refused = 0
+            cursor.rewind()
             cursor.uploaded = {}
         cursor.run_id, cursor.experiment_id = self._id, found.info.experiment_id
         self._describe(found, run.read_identity(), tags(run, config, status))
-        if live and found.info.status != "RUNNING":
+        if is_running and found.info.status != "RUNNING":
             self._client.update_run(self._id, status="RUNNING")
         if sweep := sweep_of(run, config):
-            parent = self._parent(sweep, found.info.experiment_id)
+            parent = SweepRun(self._client, sweep, found.info.experiment_id).id
             if found.data.tags.get(PARENT) != parent:
                 self._client.set_tag(self._id, PARENT, parent)
 
     def log(self, batch: list[Metric]) -> list[tuple[Metric, str]]:
-        """Send at most 1000 points; returns those that MLflow refuses for good, and why.
+        """Send at most 1000 points; return those that MLflow refuses for good, and why.
 
-        Raises when the store is the problem and not the points.
+        MLflow refuses a batch as a whole, so a refused one is halved until the points that are at
+        fault are alone. Raise if the store is the problem and not the points.
         """
         if not batch:
             return []
@@ -79,14 +78,14 @@ class Store:
             return [(batch[0], reason(error))]
 
     def upload_config(self, run: Run, cursor: Cursor) -> None:
-        """The frozen configuration, less credentials, where it is not there already."""
+        """Upload the frozen configuration without credentials, unless this version was uploaded."""
         version = _version(run.config_file)
         if cursor.uploaded.get("config.yaml") != version:
             self._client.log_text(self._id, mask_uris(run.config_file.read_text()), "config.yaml")
             cursor.uploaded["config.yaml"] = version
 
     def upload(self, path: Path, cursor: Cursor) -> None:
-        """A file or a directory, where it exists and this version of it is not there already."""
+        """Upload a file or a directory if it exists, unless this version of it was uploaded."""
         if not path.exists() or cursor.uploaded.get(path.name) == (version := _version(path)):
             return
         if path.is_dir():
@@ -96,48 +95,15 @@ class Store:
         cursor.uploaded[path.name] = version
 
     def close(self, run: Run, config: Mapping[str, Any]) -> None:
-        """Record the state that the run is in; one that can go on (preempted) stays RUNNING."""
+        """Write the state of the run; one that will be resumed (preempted) stays RUNNING."""
         status, state = run.read_status(), run.judge_state()
-        self._set_tags(tags(run, config, status))  # all: some are known only since the run started
+        self._set_tags(tags(run, config, status))  # all: some are known only after the start
         if state in ENDED:
-            end = max((status.updated or 0.0), _last_written(run))
+            end = max(status.updated or 0.0, _last_written(run))
             self._client.set_terminated(self._id, ENDED[state], end_time=int(end * 1000))
         if sweep := sweep_of(run, config):
             found = self._client.get_run(self._id)
-            self._summarise(sweep, self._parent(sweep, found.info.experiment_id))
-
-    def _parent(self, sweep: Sweep, experiment: str) -> str:
-        """The MLflow run that stands for a whole sweep; made by the first of its runs."""
-        with guarded(sweep.file.parent):
-            mark = f"tags.`{SWEEP}` = '{sweep.id}'"
-            for found in self._client.search_runs([experiment], mark, max_results=1):
-                return str(found.info.run_id)
-            swept = sorted(
-                {text.partition("=")[0] for own in sweep.members.values() for text in own}
-            )
-            name = f"sweep {sweep.id} {' '.join(swept)}"[:200]
-            made = self._client.create_run(experiment, tags={SWEEP: sweep.id}, run_name=name)
-            return str(made.info.run_id)
-
-    def _summarise(self, sweep: Sweep, parent: str) -> None:
-        """The sweep's table, how many of its runs stand how, and the best of them."""
-        states, scores = sweep.states(), sweep.scores()
-        now = int(time.time() * 1000)
-        counts = {f"runs/{state}": float(number) for state, number in states.items()}
-        entries = [Metric(key, value, now, 0) for key, value in counts.items()]
-        tags = [RunTag("atlas.objective", sweep.objective)]
-        if scores:
-            best = min(scores, key=lambda run: scores[run])
-            key = valid_key(f"best/{sweep.objective.removeprefix('-')}")
-            entries.append(Metric(key, scores[best], now, 0))
-            tags += [
-                RunTag("atlas.best_run", best),
-                RunTag("atlas.best_overrides", " ".join(sweep.members[best])),
-            ]
-        self._client.log_batch(parent, metrics=entries, tags=tags)
-        self._client.log_text(parent, sweep.table() + "\n", "sweep.txt")
-        going = sum(n for state, n in states.items() if state not in ENDED)
-        self._client.update_run(parent, status="RUNNING" if going else "FINISHED")
+            SweepRun(self._client, sweep, found.info.experiment_id).summarise()
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
@@ -156,7 +122,7 @@ class Store:
         return str(found.experiment_id)
 
     def _recorded(self, cursor: Cursor) -> MlflowRun | None:
-        """The MLflow run that mlflow.json names, if the store still has it."""
+        """Return the MLflow run that mlflow.json names, if the store still has it."""
         if not cursor.run_id:
             return None
         try:
@@ -179,9 +145,9 @@ class Store:
     def _tagged(
         self, experiment: str, config: Mapping[str, Any], status: Status
     ) -> MlflowRun | None:
-        """The MLflow run of a shipper that was killed before it had written mlflow.json.
+        """Return the MLflow run of a shipper that was killed before it wrote mlflow.json.
 
-        Should a request have created a second one after its time-out, the empty one is deleted.
+        A request that timed out may have created one too. Of two, the empty one is deleted.
         """
         marked = " and ".join(f"tags.`{k}` = '{v}'" for k, v in marks(config, status).items())
         found = sorted(
@@ -196,7 +162,7 @@ class Store:
     def _describe(
         self, found: MlflowRun, identity: Mapping[str, Any], tags: Mapping[str, str]
     ) -> None:
-        """Params that are not there yet (one that is can't change) and tags that are new."""
+        """Write params that are missing (an existing one can't change) and tags that changed."""
         params = {valid_key(key): str(value)[:6000] for key, value in flatten(identity).items()}
         missing = [Param(k, v) for k, v in params.items() if k not in found.data.params]
         for at in range(0, len(missing), 100):
@@ -221,62 +187,24 @@ class Store:
             self._client.log_batch(self._id, tags=entries[at : at + 100])
 
     def _check_active(self) -> None:
-        """Raise where not the point but the whole MLflow run is what the store refuses."""
+        """Raise if the store refuses the whole MLflow run and not the point."""
         _active(self._client.get_run(self._id))
 
     def _refuses(self, error: MlflowException) -> bool:
-        """Whether sending the same again would be refused again."""
+        """Return whether sending the same again would be refused again."""
         if error.error_code == "INVALID_PARAMETER_VALUE":
             return True
-        rejected = re.search(r"error code (400|413|422) ", str(error))  # not from MLflow itself
+        rejected = re.search(
+            r"error code (400|413|422) ", str(error)
+        )  # from a proxy in front of MLflow
         return bool(rejected)
 
 
-def sweep_of(run: Run, config: Mapping[str, Any]) -> Sweep | None:
-    """The sweep that `run` was started by, if it was."""
-    name = config["run"].get("sweep")
-    file = run.path.parent / FOLDER / f"{name}.json"
-    return Sweep.read(file) if name and file.exists() else None
-
-
-def tracking_uri(run: Run, config: Mapping[str, Any]) -> str:
-    """Where the run is tracked: its configuration, the environment, what it used, the default.
-
-    What it used counts for a server only, so that `atlas sync` finds it in a shell without the
-    environment of the job.
-    """
-    used = Cursor.load(run).uri
-    uri = config["tracking"].get("uri") or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = uri or (used if used.startswith("http") else None)
-    if not uri:
-        return f"sqlite:///{outputs(run) / 'mlflow.db'}"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return str(uri)
-
-
-def artifact_root(run: Run, uri: str, config: Mapping[str, Any]) -> str | None:
-    """The artifact location of a new experiment; None leaves it to the server."""
-    root = config["tracking"].get("artifact_root")
-    if root is None and uri.startswith("sqlite:///"):
-        root = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
-    if root is None:
-        return None
-    if "://" in str(root):
-        return str(root)
-    return Path(root).absolute().as_uri()
-
-
-def outputs(run: Run) -> Path:
-    """The directory that `<name>/<id>` is in."""
-    return run.path.parent.parent
-
-
 def create_sqlite(path: Path) -> None:
-    """Make a new store of MLflow's at `path`, unless there is one.
+    """Create an MLflow store at `path` unless it exists.
 
-    MLflow's migrations neither stand a second process beside them nor a kill: one process at a time
-    makes the store under another name, and it gets its own once it is complete.
+    MLflow's migrations survive neither a second process nor a kill. So one process at a time creates
+    the store, under a temporary name that is replaced when the store is complete.
     """
     if path.exists() and path.stat().st_size:
         return
@@ -289,7 +217,7 @@ def create_sqlite(path: Path) -> None:
 
 
 def metrics(line: Mapping[str, Any]) -> list[Metric]:
-    """A line of the journal as MLflow's points; two keys never become one."""
+    """Return a line of the journal as points of MLflow; two keys never become one."""
     if not isinstance(line.get("step"), int) or not isinstance(line.get("time"), int | float):
         return []
     named: dict[str, float] = {}
@@ -302,33 +230,6 @@ def metrics(line: Mapping[str, Any]) -> list[Metric]:
     return [Metric(name, value, timestamp, line["step"]) for name, value in named.items()]
 
 
-def valid_key(key: str) -> str:
-    """`key` as MLflow takes it: `lr/a[0]` becomes `lr/a.0`, other strange characters `_`."""
-    key = re.sub(r"\[([^\[\]]*)\]", r".\1", key)
-    key = re.sub(r"[^/\w.\- :]", "_", key)
-    key = posixpath.normpath(key).lstrip("/")  # MLflow takes keys for paths
-    key = re.sub(r"^\.+", "_", key)
-    return key[:250] or "_"
-
-
-def reason(error: BaseException) -> str:
-    """An error of MLflow's, its server's or its database's in a few words, without credentials."""
-    text = str(error)
-    code = re.search(r"failed with error code (\d+)|too many (\d+) error responses", text)
-    if code:
-        return f"it answers with HTTP status {code[1] or code[2]}"
-    short = re.search(r"\[Errno -?\d+\] ([^'\")\]]+)|(Read timed out)|(database is locked)", text)
-    if short:
-        return str(next(filter(None, short.groups())))
-    first = text.strip().partition("\n")[0] or type(error).__name__
-    return mask_uris(first if len(first) <= 300 else f"{first[:300]} …")
-
-
-def say(text: str) -> None:
-    """A line with the time, for sync.log or a terminal."""
-    print(f"{local_time(time.time())} {mask_uris(text)}", file=sys.stderr, flush=True)
-
-
 def _active(found: MlflowRun) -> MlflowRun:
     if found.info.lifecycle_stage == "deleted":
         raise AtlasError(
@@ -339,7 +240,7 @@ def _active(found: MlflowRun) -> MlflowRun:
 
 
 def _version(path: Path) -> str:
-    """What changes when the file, or a file in the directory, is written anew."""
+    """Return a text that changes when the file, or a file in the directory, is written again."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return " ".join(f"{file.stat().st_mtime_ns}" for file in files if file.is_file())
 

@@ -1,11 +1,12 @@
-"""The process that sends a run's journal to MLflow, as the process that trains sees it.
+"""The handle on the process that sends runs to MLflow, for the process that trains or launches.
 
-Nothing here imports mlflow: training starts a shipper, looks at the small file that it leaves, and
-at the end waits for it.
+Nothing here imports mlflow: a shipper is started, the small file that it writes is read, and at the
+end it is waited for. How it learns that its runs have ended is described in `writer.py`.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import signal
@@ -16,166 +17,202 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atlas.record.shipping.cursor import Cursor, points_left
+from atlas.record.shipping.cursor import Cursor
 from atlas.record.shipping.writer import END, HANDLED, PARENT
 from atlas.run.directory import Run
 from atlas.version import ROOT
 
-FLEET = "ATLAS_FLEET"  # in a rank's environment: its pool sends the journal
+SHIPPED_BY_POOL = "ATLAS_FLEET"  # in a rank's environment: its pool has one shipper for all runs
 WARN_EVERY_S = 1.0
 REPORT_WAIT_S = 5.0
+NAMED_RUNS = 3  # in a message
 
 
-class Shipper:
-    """Sends the journal of `run` while it grows; training neither waits for it nor fails with it.
+class Shipper(abc.ABC):
+    """Sends runs to MLflow while they grow; training neither waits for it nor fails with it.
 
-    `start` belongs after the lock is taken, `finish` after the journal is closed and the status
-    holds the run's final state.
+    shipper = open_shipper(run, config["tracking"])
+    shipper.start()            # with the lock of the run held
+    print(shipper.warning())   # at any time
+    print(shipper.finish(60))  # the journal is closed and the status holds the final state
     """
 
-    def __init__(self, run: Run, wait_s: float = 60.0) -> None:
-        self.run = run
-        self._wait_s = wait_s
-        self._child: subprocess.Popen[bytes] | None = None
-        self._problem: str | None = None
-        self._started = self._asked = 0.0
-        self._refused = 0
-
+    @abc.abstractmethod
     def start(self) -> None:
-        """Start the process. That it can't be started is a warning, not an error."""
-        self._started = time.time()
-        self._refused = Cursor.load(self.run).refused
-        try:
-            self._child = _spawn(self.run, "--follow")
-        except OSError as error:
-            self._problem = f"the process that sends metrics could not be started: {error}"
+        """Start sending. A problem is a warning, never an error."""
 
+    @abc.abstractmethod
     def warning(self) -> str | None:
-        """What the person should know now, or None; looks at most once a second, costs a read."""
-        now = time.monotonic()
-        if now - self._asked > WARN_EVERY_S:
-            self._asked = now
-            self._problem = self._look() if self._child else self._problem
-        return (
-            self._problem and f"{self._problem}; training goes on, metrics.jsonl keeps the points"
-        )
+        """Return what the user should know now, or None; cheap enough to be called every step."""
 
+    @abc.abstractmethod
     def finish(self, timeout_s: float | None = None) -> str | None:
-        """Say that the run ended, wait until all is sent, at most `timeout_s` (default: wait_s).
+        """Report the end and wait until all is sent, at most `timeout_s` (None: `tracking.wait_s`).
 
-        Returns a sentence for the person where something is missing in MLflow. A shipper that still
-        gets on when the time is over is left to it; one that does not is ended.
+        Return a sentence for the user if something is missing in MLflow.
         """
-        child, self._child = self._child, None
-        going_on = child is not None and not _finished(
-            child, self._wait_s if timeout_s is None else timeout_s
-        )
-        cursor = Cursor.load(self.run)
-        if child and going_on and cursor.error:
-            child.kill()  # safe at any moment: what was sent twice is stored once
-            child.wait()
-            going_on = False
-        return self._missing(cursor, going_on)
-
-    def _look(self) -> str | None:
-        cursor = Cursor.load(self.run)
-        if cursor.error and cursor.updated >= self._started:
-            return f"MLflow at {cursor.uri} can't be used: {cursor.error}"
-        if self._child and self._child.poll() is not None:
-            return f"the process that sends metrics ended early, see {self.run.logs / 'sync.log'}"
-        return None
-
-    def _missing(self, cursor: Cursor, going_on: bool) -> str | None:
-        left = points_left(self.run, cursor)
-        if left and going_on:
-            return (
-                f"{left:,} points are still on their way to MLflow, in the background; "
-                f"`atlas sync {self.run.path}` sends what is missing"
-            )
-        if left or cursor.error:
-            why = cursor.error or self._problem or f"see {self.run.logs / 'sync.log'}"
-            return (
-                f"{left:,} points of this run are not in MLflow ({why}); "
-                f"send them with `atlas sync {self.run.path}`"
-            )
-        if cursor.refused > self._refused:
-            return (
-                f"MLflow refused {cursor.refused - self._refused:,} points of this run for good "
-                f"({cursor.refusal}); metrics.jsonl has them"
-            )
-        return None
 
 
-class NullShipper:
-    """Sends nothing (tracking=none); the report is drawn at the end all the same.
-
-    With `elsewhere` that too is left to another: a pool has one shipper for all of its runs.
-    """
-
-    def __init__(self, run: Run, elsewhere: bool = False) -> None:
-        self.run = run
-        self._elsewhere = elsewhere
+class NullShipper(Shipper):
+    """Sends nothing: a pool has one shipper for all of its runs."""
 
     def start(self) -> None:
-        """Nothing to start."""
+        """Do nothing."""
 
     def warning(self) -> str | None:
-        """Nothing can be wrong."""
+        """Return None."""
         return None
 
     def finish(self, timeout_s: float | None = None) -> str | None:
-        """Draw the report in a process of its own, waited for at most 5 s."""
-        if self._elsewhere:
-            return None
+        """Return None."""
+        return None
+
+
+class ReportShipper(NullShipper):
+    """Sends nothing (tracking=none), and draws the report at the end."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def finish(self, timeout_s: float | None = None) -> str | None:
+        """Draw the report in a process of its own; wait for it for at most 5 s."""
         with contextlib.suppress(OSError):
-            child = _spawn(self.run)
+            child = _spawn([self._run])
             wait_s = REPORT_WAIT_S if timeout_s is None else min(timeout_s, REPORT_WAIT_S)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(wait_s)
         return None
 
 
-def open_shipper(run: Run, tracking: Mapping[str, Any]) -> Shipper | NullShipper:
-    """The shipper that `config["tracking"]` asks for; not started yet."""
-    if FLEET in os.environ:
-        return NullShipper(run, elsewhere=True)
-    if tracking["kind"] == "none":
-        return NullShipper(run)
-    return Shipper(run, float(tracking["wait_s"]))
+class ProcessShipper(Shipper):
+    """Sends one run or all runs of a pool by one process: mlflow is imported once.
 
+    `runs` are those that the process looks after, `tracked` those of them that go to MLflow; of the
+    others it draws the report. Reports alone are not waited for.
+    """
 
-class Fleet:
-    """One shipper for all runs of a pool: mlflow is imported once, and one process writes to it."""
-
-    def __init__(self, runs: Sequence[Run], wait_s: float) -> None:
+    def __init__(
+        self, runs: Sequence[Run], wait_s: float = 60.0, tracked: Sequence[Run] | None = None
+    ) -> None:
         self._runs = runs
-        self._wait_s = wait_s
+        self._tracked = runs if tracked is None else tracked
+        self._wait_s = wait_s if self._tracked else 0.0
         self._child: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start the process; runs that start from now on leave their shipping to it."""
-        self._child = _spawn_for(self._runs, self.log, "--follow")
+        self._problem: str | None = None
+        self._started = self._asked = 0.0
+        self._refused = 0
 
     @property
     def log(self) -> Path:
-        """What the shipper has to say."""
-        return self._runs[0].path.parent / "sync.log"
+        """The file with what the process reports."""
+        return _log(self._runs)
 
-    def finish(self) -> str | None:
-        """Wait until all is sent; a sentence for the person where something is missing."""
-        tracked = self._tracked()
-        # Reports alone are not waited for: they are drawn in the background.
-        wait_s = self._wait_s if tracked else 0.0
-        if self._child is None or _finished(self._child, wait_s) or not tracked:
-            left = sum(points_left(run, Cursor.load(run)) for run in tracked)
-            return (left and f"{left:,} points are not in MLflow; see {self.log}") or None
-        return f"points are still on their way to MLflow, in the background; see {self.log}"
+    def start(self) -> None:
+        """Start the process. If that fails, it is a warning."""
+        self._started = time.time()
+        self._refused = sum(cursor.refused for cursor in self._cursors())
+        try:
+            self._child = _spawn(self._runs, "--follow")
+        except OSError as error:
+            self._problem = f"the process that sends metrics could not be started: {error}"
 
-    def _tracked(self) -> list[Run]:
-        return [run for run in self._runs if run.read_config()["tracking"]["kind"] != "none"]
+    def warning(self) -> str | None:
+        """Return what the user should know now, or None; at most one look at the files a second."""
+        now = time.monotonic()
+        if now - self._asked > WARN_EVERY_S:
+            self._asked = now
+            self._problem = self._look() if self._child else self._problem
+        return self._problem and (
+            f"{self._problem}; training continues, metrics.jsonl keeps the points"
+        )
+
+    def finish(self, timeout_s: float | None = None) -> str | None:
+        """Send END and wait until all is sent, at most `timeout_s`.
+
+        If the process still makes progress at the timeout, it is left running. One that can't is
+        ended, which is safe at any moment: what was sent twice is stored once.
+        """
+        child, self._child = self._child, None
+        wait_s = self._wait_s if timeout_s is None else timeout_s
+        is_sending = child is not None and not _has_finished(child, wait_s)
+        cursors = {run: Cursor.load(run) for run in self._tracked}
+        left = {run: cursor.points_left(run) for run, cursor in cursors.items()}
+        if child and is_sending and _is_stuck(cursors, left):
+            child.kill()
+            child.wait()
+            is_sending = False
+        return self._missing(cursors, left, is_sending)
+
+    def _cursors(self) -> list[Cursor]:
+        return [Cursor.load(run) for run in self._tracked]
+
+    def _look(self) -> str | None:
+        for cursor in self._cursors():
+            if cursor.error and cursor.updated >= self._started:
+                return f"MLflow at {cursor.uri} can't be used: {cursor.error}"
+        if self._child and self._child.poll() is not None:
+            return f"the process that sends metrics ended early, see {self.log}"
+        return None
+
+    def _missing(
+        self, cursors: Mapping[Run, Cursor], left: Mapping[Run, int], is_sending: bool
+    ) -> str | None:
+        """Return what MLflow does not have, why, and the command that sends it."""
+        behind = [run for run, cursor in cursors.items() if left[run] or cursor.error]
+        of = "this run" if len(self._runs) == 1 else "these runs"
+        total = sum(left.values())
+        if total and is_sending:
+            return (
+                f"{total:,} points of {of} are still being sent to MLflow, in the background; "
+                f"`{_command(behind)}` sends what is missing"
+            )
+        if behind:
+            errors = (cursor.error for cursor in cursors.values() if cursor.error)
+            why = next(errors, self._problem or f"see {self.log}")
+            return (
+                f"{total:,} points of {of} are not in MLflow ({why}); "
+                f"send them with `{_command(behind)}`"
+            )
+        refused = sum(cursor.refused for cursor in cursors.values()) - self._refused
+        if refused > 0:
+            reasons = (cursor.refusal for cursor in cursors.values() if cursor.refusal)
+            return (
+                f"MLflow refused {refused:,} points of {of} for good ({next(reasons, '?')}); "
+                "metrics.jsonl has them"
+            )
+        return None
 
 
-def _finished(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
+def open_shipper(run: Run, tracking: Mapping[str, Any]) -> Shipper:
+    """Return the shipper that `config["tracking"]` asks for; it is not started."""
+    if SHIPPED_BY_POOL in os.environ:
+        return NullShipper()
+    if tracking["kind"] == "none":
+        return ReportShipper(run)
+    return ProcessShipper([run], float(tracking["wait_s"]))
+
+
+def open_pool_shipper(runs: Sequence[Run]) -> ProcessShipper:
+    """Return the one shipper of a pool; runs that start after it leave their shipping to it."""
+    settings = [run.read_config()["tracking"] for run in runs]
+    tracked = [run for run, each in zip(runs, settings, strict=True) if each["kind"] != "none"]
+    return ProcessShipper(runs, max(float(each["wait_s"]) for each in settings), tracked)
+
+
+def _is_stuck(cursors: Mapping[Run, Cursor], left: Mapping[Run, int]) -> bool:
+    """Return whether the store fails for every run of which something is missing."""
+    failing = {run for run, cursor in cursors.items() if cursor.error}
+    return bool(failing) and failing >= {run for run, points in left.items() if points}
+
+
+def _command(runs: Sequence[Run]) -> str:
+    """Return the command that sends `runs`, of which it names the first few."""
+    paths = [str(run.path) for run in runs[:NAMED_RUNS]]
+    return " ".join(["atlas sync", *paths, *(["…"] if len(runs) > NAMED_RUNS else [])])
+
+
+def _has_finished(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """Send END to the shipper and return whether it ended in time."""
     with contextlib.suppress(ProcessLookupError):
         child.send_signal(END)
     try:
@@ -185,14 +222,19 @@ def _finished(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
     return True
 
 
-def _spawn(run: Run, *options: str) -> subprocess.Popen[bytes]:
-    run.logs.mkdir(exist_ok=True)
-    return _spawn_for([run], run.logs / "sync.log", *options)
+def _log(runs: Sequence[Run]) -> Path:
+    folder = runs[0].logs if len(runs) == 1 else runs[0].path.parent
+    return folder / "sync.log"
 
 
-def _spawn_for(runs: Sequence[Run], file: Path, *options: str) -> subprocess.Popen[bytes]:
-    # Blocked until a follower has its handlers: a signal to all of a job's processes must not end
-    # it before that, and an END that comes at once must not be lost.
+def _spawn(runs: Sequence[Run], *options: str) -> subprocess.Popen[bytes]:
+    """Start `atlas sync` on `runs`.
+
+    What a follower handles is blocked until it has its handlers: a signal to all processes of a job
+    must not end it before that, and an END that comes at once must not be lost.
+    """
+    file = _log(runs)
+    file.parent.mkdir(exist_ok=True)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED if "--follow" in options else ())
     try:
         with open(file, "ab") as log:
@@ -215,7 +257,7 @@ def _environment() -> dict[str, str]:
         **os.environ,
         PARENT: str(os.getpid()),
         "PYTHONPATH": os.pathsep.join(path),
-        "PYTHONSAFEPATH": "1",  # a person's yaml.py in the working directory is not ours
+        "PYTHONSAFEPATH": "1",  # a user's yaml.py in the working directory must not be imported
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",

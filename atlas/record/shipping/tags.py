@@ -1,4 +1,4 @@
-"""What MLflow is told of a run besides its configuration and its curves."""
+"""The names of a run in MLflow: of the run itself, its tags and its keys."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import getpass
 import importlib.metadata
 import platform
+import posixpath
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ from atlas.version import __version__
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """The id and what was overridden of what makes the run: `4f2a… lr=0.001 seed=2`."""
+    """Return the id and the overrides that the id hashes: `4f2a… lr=0.001 seed=2`."""
     short = []
     for override in config["run"]["overrides"]:
         key, _, value = str(override).lstrip("+~").partition("=")
@@ -28,7 +30,7 @@ def run_name(config: Mapping[str, Any]) -> str:
 
 
 def tags(run: Run, config: Mapping[str, Any], status: Status) -> dict[str, str]:
-    """Everything about a run that its id does not hash."""
+    """Return everything about a run that its id does not hash."""
     head = config["run"]
     code = status.git or head.get("code") or {}
     said = {
@@ -57,15 +59,24 @@ def tags(run: Run, config: Mapping[str, Any], status: Status) -> dict[str, str]:
 
 
 def marks(config: Mapping[str, Any], status: Status) -> dict[str, str]:
-    """What finds the MLflow run again.
+    """Return the tags by which the MLflow run of a run is found.
 
-    The id alone would find a colleague's run of the same command on the same server, and an older
-    one that `fresh=true` has moved aside.
+    The id alone would also find the run of a colleague who typed the same command, on the same
+    server, and an earlier run that `fresh=true` moved aside.
     """
     return {
         "atlas.run_id": str(config["run"]["id"]),
         "atlas.created": str(status.created),
     }
+
+
+def valid_key(key: str) -> str:
+    """Return `key` as MLflow accepts it: `lr/a[0]` becomes `lr/a.0`, other characters `_`."""
+    key = re.sub(r"\[([^\[\]]*)\]", r".\1", key)
+    key = re.sub(r"[^/\w.\- :]", "_", key)
+    key = posixpath.normpath(key).lstrip("/")  # MLflow treats keys as paths
+    key = re.sub(r"^\.+", "_", key)
+    return key[:250] or "_"
 
 
 def _state_tags(state: State | None, status: Status) -> dict[str, str]:

@@ -25,14 +25,16 @@ import pytest
 import yaml
 from commands import unnamed
 
-import atlas.record.shipping.sync as syncing
+import atlas.record.shipping.shipment as shipping
 from atlas.cli import main
 from atlas.errors import AtlasError
 from atlas.record.journal import Journal
-from atlas.record.shipping.cursor import Cursor, points_left
-from atlas.record.shipping.mlflow_store import MlflowClient, create_sqlite, valid_key
-from atlas.record.shipping.shipper import NullShipper, Shipper, open_shipper
-from atlas.record.shipping.sync import sync
+from atlas.record.shipping.cursor import Cursor, Shipped
+from atlas.record.shipping.mlflow_store import MlflowClient, create_sqlite
+from atlas.record.shipping.shipper import ProcessShipper, ReportShipper, open_shipper
+from atlas.record.shipping.sync import sync as sync_all
+from atlas.record.shipping.tags import valid_key
+from atlas.record.shipping.writer import Parent, SyncLock
 from atlas.run.directory import Run
 from atlas.run.provenance import Provenance
 from atlas.version import ROOT
@@ -41,12 +43,12 @@ FOLLOWED = """
 import sys, time
 from atlas.record.journal import Journal
 from atlas.run.directory import Run
-from atlas.record.shipping.shipper import Shipper
+from atlas.record.shipping.shipper import ProcessShipper
 run = Run(sys.argv[1])
 lock = run.lock
 lock.acquire()
 run.update_status(state="running")
-Shipper(run).start()
+ProcessShipper([run]).start()
 print("started", flush=True)
 journal = Journal(run.journal_file)
 journal.append(0, {"train/loss": 2.0})
@@ -64,7 +66,8 @@ SENT = """
 import sys
 from atlas.run.directory import Run
 from atlas.record.shipping.sync import sync
-print(sync(Run(sys.argv[1])).sent)
+[shipped] = sync([Run(sys.argv[1])])
+print(shipped.sent)
 """
 
 
@@ -147,6 +150,12 @@ def until(condition: Callable[[], Any], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < end, "this took too long"
         time.sleep(0.02)
+
+
+def sync(run: Run, again: bool = False) -> Shipped:
+    [shipped] = sync_all([run], again=again)
+    assert isinstance(shipped, Shipped)
+    return shipped
 
 
 def command(run: Run, *options: str) -> list[str]:
@@ -322,10 +331,10 @@ def test_a_store_that_lost_the_run_gets_it_again(outputs: Path, empty_store: Pat
     assert in_store(run) == in_journal(run)
 
 
-def sync_briefly(run: Run) -> syncing.Shipped:
+def sync_briefly(run: Run) -> Shipped:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(syncing, "GIVE_UP_S", 0.0)
-        patch.setattr(syncing, "TRIES", 1)
+        patch.setattr(shipping, "GIVE_UP_S", 0.0)
+        patch.setattr(shipping, "TRIES", 1)
         return sync(run)
 
 
@@ -352,7 +361,8 @@ def test_a_shipper_sends_a_growing_journal(outputs: Path) -> None:
     client, run_id = store_of(run)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert client.get_run(run_id).data.tags["atlas.launcher"] == "late"
-    assert run.update_status()["mlflow_run_id"] == run_id
+    run.update_status()
+    assert run.read_status().mlflow_run_id == run_id
     assert run.report_file.exists()
     assert (run.logs / "sync.log").read_text().count("\n") == 1
 
@@ -381,7 +391,7 @@ def test_a_shipper_outlives_a_killed_writer_and_ends(outputs: Path) -> None:
 
 def test_a_run_that_is_over_at_once(outputs: Path) -> None:
     run = make_run(outputs)
-    shipper = Shipper(run)
+    shipper = ProcessShipper([run])
     shipper.start()
     write(run, range(2))
     run.update_status(state="failed", reason="at once")
@@ -402,7 +412,7 @@ def test_killed_in_the_middle_and_run_again(outputs: Path) -> None:
     until(lambda: Cursor.load(run).shipped)
     child.kill()
     child.wait()
-    assert 0 < points_left(run, Cursor.load(run)) < 6300
+    assert 0 < Cursor.load(run).points_left(run) < 6300
     assert sync(run).left == 0
     assert in_store(run) == in_journal(run)
 
@@ -417,8 +427,11 @@ def test_two_at_once(outputs: Path) -> None:
     assert in_store(run) == in_journal(run)
     lock = run.lock
     lock.acquire()
-    with syncing._alone(run, None), pytest.raises(AtlasError) as refused:
+    held = SyncLock(run, Parent(listen=False))
+    assert held.acquire(is_over=True)
+    with pytest.raises(AtlasError) as refused:
         sync(run)
+    held.release()
     assert unnamed(str(refused.value), run.id, os.getpid(), run.logs / "sync.log") == []
     lock.release()
 
@@ -429,7 +442,7 @@ def test_two_at_once(outputs: Path) -> None:
 def test_an_unreachable_store_is_a_warning(outputs: Path, capsys: pytest.CaptureFixture) -> None:
     uri = f"http://person:secret@127.0.0.1:{free_port()}"
     run = make_run(outputs, uri=uri)
-    shipper = Shipper(run)
+    shipper = ProcessShipper([run])
     shipper.start()
     write(run, range(10))
     until(shipper.warning)
@@ -440,7 +453,7 @@ def test_an_unreachable_store_is_a_warning(outputs: Path, capsys: pytest.Capture
     missing = shipper.finish(0.5)
     assert missing and unnamed(missing, 21, refused, f"atlas sync {run.path}") == []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(syncing, "GIVE_UP_S", 0.0)
+        patch.setattr(shipping, "GIVE_UP_S", 0.0)
         assert main(["sync", str(run.path)]) == 1
     shown = "".join(capsys.readouterr()) + warning + missing
     kept = [path.read_text() for path in run.path.rglob("*") if path.suffix in (".json", ".log")]
@@ -564,7 +577,7 @@ def test_a_server_that_fails_now_and_then(outputs: Path, proxy: Proxy) -> None:
     proxy.mode = mode
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-        patch.setattr(syncing, "GIVE_UP_S", 60.0)
+        patch.setattr(shipping, "GIVE_UP_S", 60.0)
         shipped = sync(run)
     assert (shipped.left, shipped.error) == (0, None)
     assert next(answers, "none left") == "none left"
@@ -608,7 +621,7 @@ def test_the_environment_names_the_store_and_the_run_remembers_it(
 def test_a_server_killed_and_started_again(outputs: Path, tmp_path: Path) -> None:
     server = Server(tmp_path)
     run = make_run(outputs, uri=server.uri)
-    shipper = Shipper(run)
+    shipper = ProcessShipper([run])
     shipper.start()  # before the server answers
     write(run, range(500))
     server.wait()
@@ -660,7 +673,7 @@ def test_without_tracking_mlflow_is_not_imported(outputs: Path) -> None:
     write(run, range(10))
     code = (
         "import sys; from atlas.cli import main; assert main(['sync', sys.argv[1]]) == 0;"
-        "print([m for m in ('mlflow', 'torch', 'atlas.record.shipping.sync') if m in sys.modules])"
+        "print([m for m in ('mlflow', 'torch', 'atlas.record.shipping.shipment') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True
@@ -669,7 +682,7 @@ def test_without_tracking_mlflow_is_not_imported(outputs: Path) -> None:
     assert run.report_file.exists() and not run.mlflow_file.exists()
     run.report_file.unlink()
     shipper = open_shipper(run, run.read_config()["tracking"])
-    assert isinstance(shipper, NullShipper)
+    assert isinstance(shipper, ReportShipper)
     shipper.start()
     assert shipper.warning() is None and shipper.finish() is None
     until(run.report_file.exists)
