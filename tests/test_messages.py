@@ -17,12 +17,13 @@ from atlas.run.status import State, Status
 from atlas.run.summary import summary
 from launchers.dry_run import outline
 
-CONFIG: dict[str, Any] = {
-    "data": {"batch_size": 8},
-    "optim": {"lr": 1e-3, "scale_lr": "sqrt", "base_batch_size": 8},
-    "cluster": {"device": "auto"},
-    "trainer": {"accumulate": 4, "save_interval": 500, "save_minutes": None, "keep": 2},
-}
+SETTINGS: Any = SimpleNamespace(  # as far as the plan asks for them
+    data=SimpleNamespace(batch_size=8),
+    optim=SimpleNamespace(lr=1e-3, scale_lr="sqrt", base_batch_size=8),
+    cluster=SimpleNamespace(device="auto"),
+    trainer=SimpleNamespace(accumulate=4, save_interval=500, save_minutes=None, keep=2),
+    effective_batch=lambda world_size: 8 * 4 * world_size,
+)
 LAUNCHER = SimpleNamespace(
     **{"name": "local", "nodes": 1, "nproc_per_node": 2, "world_size": 2, "sharding": None}
 )
@@ -68,7 +69,7 @@ GOLDEN: dict[str, tuple[Callable[[], str], str]] = {
         "optim=x. There are: adamw, sgd",
     ),
     "the plan": (
-        lambda: outline(run(None), CONFIG, LAUNCHER),
+        lambda: outline(run(None), SETTINGS, LAUNCHER),
         """\
 run              0123456789 (new)
 directory        o/a/0123456789

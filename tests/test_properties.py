@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from atlas.config.checks import check
 from atlas.config.dotted import flatten
-from atlas.config.schema import KEYS
+from atlas.config.schema import KEYS, Settings
 from atlas.run.directory import Run
 from atlas.run.provenance import Provenance
 from atlas.run.resume import adopt, require_source
@@ -130,7 +130,7 @@ def plan(overrides: list[str]) -> str:
     launcher = launcher_of(config)
     launcher.check()
     run = Run.locate(config, launcher.world_size)
-    return outline(run, config, launcher)
+    return outline(run, Settings.of(config), launcher)
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def keep_effective_batch(config: dict[str, Any], run: Run, world_size: int) -> N
     """
     frozen = run.read_config()
     wanted = effective_batch(frozen, frozen["run"]["world_size"])
-    size = int(config["data"]["batch_size"])
+    size = config["data"]["batch_size"]
     if effective_batch(config, world_size) == wanted:
         return
     accumulate, rest = divmod(wanted, size * world_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,13 +25,12 @@ BARS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 48  # characters
 
 
-def detail(config: Mapping[str, Any], world_size: int, elsewhere: bool = False) -> str:
+def detail(settings: Settings, world_size: int, elsewhere: bool = False) -> str:
     """Data, parameters and rates of a run; builds its model and data, and writes nothing.
 
     `elsewhere`: the run is for another machine, so that what this one can compute on and in which
     precision does not matter.
     """
-    settings = Settings.of(config)
     wanted = settings.cluster.device
     device = CPU if elsewhere else distributed.choose_device(wanted, 0)
     if not elsewhere:
