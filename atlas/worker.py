@@ -60,14 +60,19 @@ def train_rank(run: Run, config: dict[str, Any], lock: Lock | None, stop: Stop) 
 
 @contextlib.contextmanager
 def holding_lock(run: Run, rank: int) -> Iterator[Lock | None]:
-    """Hold the lock and mark the run as running, on rank 0; other ranks hold nothing."""
+    """Hold the lock and mark the run as running, on rank 0; other ranks hold nothing.
+
+    The order matters if the process is killed in between. The lock comes first, since only its holder
+    may write. A status of `running` without a live holder is judged as killed, so the status says how
+    the run ended before the lock is released.
+    """
     if rank != 0:
         yield None
         return
     lock = run.lock
     lock.acquire()
     try:
-        if "ATLAS_SUPERVISED" not in os.environ:
+        if "ATLAS_SUPERVISED" not in os.environ:  # the launcher did so before it started the ranks
             run.failure_file.unlink(missing_ok=True)
         begin(run, job_id())
         yield lock

@@ -99,7 +99,7 @@ class RunTracker(Tracker):
     def __init__(self, run: Run, lock: Lock, config: Mapping[str, Any]) -> None:
         self._run = run
         self._lock = lock
-        self._journal = journal.Journal(run.journal_file, before_write=lock.check)
+        self._journal = journal.Journal(run.journal_file, before_write=lock.require_mine)
         self._samples: list[str] = []
         self._samples_on = bool(config["trainer"]["log_samples"])
         self._shipper = open_shipper(run, config["tracking"])
@@ -133,7 +133,7 @@ class RunTracker(Tracker):
 
     def update_status(self, **changes: Any) -> None:
         """Write the journal, then `status.json` with `changes` and the last value of every metric."""
-        self._lock.check()
+        self._lock.require_mine()
         self._journal.flush()
         self._run.update_status(last=self._last, **changes)
         self._status_at = time.monotonic()
@@ -144,7 +144,7 @@ class RunTracker(Tracker):
         A run that resumes from a checkpoint records only what follows it. So what came before has
         to be on the disk before the checkpoint is.
         """
-        self._lock.check()
+        self._lock.require_mine()
         self._journal.flush(sync=True)
         if self._samples:
             with open(self._run.samples_file, "a") as file:

@@ -98,8 +98,8 @@ class Lock:
         holder = self.holder()
         return bool(self._mine and holder and holder.token == self._mine.token)
 
-    def check(self) -> None:
-        """Raise `RunBusyError` if another process has taken the lock over."""
+    def require_mine(self) -> None:
+        """Raise `RunBusyError` if this process no longer holds the lock; call it before writing."""
         if not self.is_mine():
             now = self.holder()
             by = f"process {now.pid} on {now.host}" if now else "nobody"

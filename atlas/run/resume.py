@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,10 +27,10 @@ def adopt(config: Mapping[str, Any], typed: Provenance) -> tuple[dict[str, Any],
     follow those that were typed.
     """
     run = Run.find(str(config["resume"]), config["outputs"])
-    head = run.read_config()["run"]
+    adopted = run.read_config()
+    head = adopted.pop("run")
     trust.extend_sys_path(run.config_file, head["sys_path"])
-    adopted = copy.deepcopy(trust.read_trusted_config(run))
-    del adopted["run"]
+    trust.require_trust(run.config_file, adopted)
     adopted["fresh"] = False  # it says how the run began, not how it is resumed
     add_new_keys(adopted)
     keys = [text.lstrip("+~").partition("=")[0].partition("@")[0] for text in typed.overrides]

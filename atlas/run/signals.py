@@ -16,9 +16,13 @@ Four signals are heard:
 SIGUSR1 is left at its default, which ends the process: Slurm's and other tools' use of it differs from
 place to place, and nothing in Atlas sends it.
 
-A data worker is forked from the rank and inherits the handler; the pid tells it that the signal is not
-for it. Ranks that a launcher started get Ctrl-C from the launcher, once, since they are in process
-groups of their own.
+Terminals, Slurm and `timeout` signal every process of a group, so data workers too. They are forked
+from the rank and inherit its handler, which therefore does nothing in a process with another pid; then
+they ignore these signals (`atlas.training.feeding.workers`), since the rank needs them to finish its
+step. Ranks that a launcher started get Ctrl-C from the launcher, once, since they are in process groups
+of their own.
+
+Python lets only the main thread install handlers. In another thread `Stop` never asks to stop.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from typing import Any, TypeVar
 from atlas.run.status import State
 
 T = TypeVar("T")
-LONGEST_S = 1e9  # 30 years, the longest that a timer of the operating system takes
+LONGEST_S = 1e9  # 30 years; the operating system refuses a timer that is much longer
 
 # What a stop means, by signal: the state that the run is left in, and the reason in words.
 STATES = {

@@ -30,16 +30,16 @@ from atlas.run.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 while len(sys.argv) > 2 and not Path(sys.argv[2]).exists():
     time.sleep(0.001)
-def tell(act):
+def report(act):
     try:
         act()
     except RunBusyError as error:
         print(error, flush=True)
     else:
         print("ok", flush=True)
-tell(lock.acquire)
+report(lock.acquire)
 for line in sys.stdin:
-    tell(getattr(lock, line.strip()))
+    report(getattr(lock, line.strip()))
 """
 Holding = Callable[..., subprocess.Popen[str]]
 
@@ -94,7 +94,7 @@ def test_second_process_is_refused_by_host_and_pid(path, process):
     assert said(first) == "ok"
     holder = (first.pid, socket.gethostname(), path.parent)
     assert unnamed(said(process()), *holder) == []
-    assert said(first, "check") == "ok"
+    assert said(first, "require_mine") == "ok"
     with pytest.raises(RunBusyError) as refused:
         Lock(path).acquire()
     assert unnamed(str(refused.value), *holder) == []
@@ -141,7 +141,7 @@ def test_own_process_does_not_get_it_twice(path):
     with pytest.raises(RunBusyError):
         second.acquire()
     second.release()  # never held: nothing happens
-    first.check()
+    first.require_mine()
     first.release()
 
 
@@ -158,7 +158,7 @@ def test_other_host_is_judged_by_its_heartbeat(path, age, taken):
         assert json.loads(path.read_text())["token"] == "theirs"
     else:
         lock.acquire()
-        lock.check()
+        lock.require_mine()
         lock.release()
 
 
@@ -190,27 +190,27 @@ def test_what_no_atlas_wrote_is_no_holder(path, text):
         ({}, {"SLURM_RESTART_COUNT": "1"}, False),
     ],
 )
-def test_a_requeued_job_takes_over_from_its_earlier_life(path, process, first, second, taken):
+def test_a_requeued_job_takes_over_from_its_previous_attempt(path, process, first, second, taken):
     old = process(**first)
     assert said(old) == "ok"
     new = process(**second)
     answer = said(new)
     if not taken:
         assert unnamed(answer, old.pid, path.parent) == []
-        assert said(old, "check") == "ok"
+        assert said(old, "require_mine") == "ok"
         return
     assert answer == "ok"
-    assert unnamed(said(old, "check"), new.pid, path.parent) == []  # its next save raises
+    assert unnamed(said(old, "require_mine"), new.pid, path.parent) == []  # its next save raises
     assert said(old, "release") == "ok"  # and leaves alone what is not its own
-    assert said(new, "check") == "ok"
+    assert said(new, "require_mine") == "ok"
 
 
-def test_check_tells_when_the_lock_is_gone(path):
+def test_a_lock_that_is_gone_is_noticed(path):
     lock = Lock(path)
     lock.acquire()
     path.unlink()
     with pytest.raises(RunBusyError) as lost:
-        lock.check()
+        lock.require_mine()
     assert unnamed(str(lost.value), path.parent) == [] and not path.exists()
     assert unnamed(str(lost.value), os.getpid()) != []  # nobody has it, not even its first holder
 
@@ -227,7 +227,7 @@ def test_of_eight_that_race_exactly_one_wins(path, process, before):
     assert answers.count("ok") == 1
     winner = racers[answers.index("ok")]
     assert sum(unnamed(answer, winner.pid, path.parent) == [] for answer in answers) == 7
-    assert said(winner, "check") == "ok"
+    assert said(winner, "require_mine") == "ok"
 
 
 def test_heart_beats_until_the_lock_is_given_back_or_lost(path, monkeypatch):

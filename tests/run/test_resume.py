@@ -24,7 +24,6 @@ from commands import (
 from atlas.cli import main
 from atlas.run.directory import Run
 from atlas.run.resume import cut_otherwise
-from atlas.run.signals import Stop
 from atlas.run.status import Status
 
 WORKERS = ("data.workers=0", "data.workers=2")
@@ -175,11 +174,6 @@ def test_max_time_saves_and_stops(tmp_path):
     assert unnamed(status(run)["reason"], "trainer.max_time=0.03") == []
     assert unnamed(done.stdout, "killed", f"resume={run.name}") == []
     assert 0 < status(run)["step"] < 24
-
-
-def test_a_time_limit_past_what_a_timer_takes():
-    with Stop() as stop:
-        stop.limit_waiting(1e12)
 
 
 def test_mlflow_holds_every_point_of_a_killed_and_resumed_run_once(tmp_path):
