@@ -23,7 +23,7 @@ from commands import (
 
 from atlas.cli import main
 from atlas.run.directory import Run
-from atlas.run.resume import cut_otherwise
+from atlas.run.resume import with_another_batch
 from atlas.run.status import Status
 
 WORKERS = ("data.workers=0", "data.workers=2")
@@ -128,7 +128,7 @@ def test_resume_by_id_keeps_the_runs_own_configuration(tmp_path, undisturbed):
     assert_twins(run, undisturbed)
 
 
-def test_the_same_effective_batch_cut_otherwise_is_the_same_run(tmp_path):
+def test_the_same_effective_batch_split_otherwise_is_the_same_run(tmp_path):
     process = start(*quick(tmp_path, "model.pause=0.02"))
     run = wait_for_step(tmp_path, 5)
     kill(process)
@@ -224,4 +224,4 @@ def test_a_crash_that_emptied_a_runs_files(tmp_path, capsys, text):
     assert str(run.config_file) in capsys.readouterr().err
     run.update_status(state="killed")
     config = {"data": {"batch_size": 1}, "trainer": {"accumulate": 1}}
-    assert cut_otherwise(Run(run.path.with_name("other")), config, 1) == []
+    assert with_another_batch(Run(run.path.with_name("other")), config, 1) == []
