@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from atlas.record.shipping.shipper import open_shipper
 from atlas.run.directory import Run
 from atlas.run.lock import Lock
 from atlas.run.status import State
-from atlas.system.files import write_text
+from atlas.system.files import sync_file, write_text
 
 STATUS_S = 5.0
 PREEMPTED_WAIT_S = 5.0  # the queue is waiting for the machine
@@ -149,8 +148,7 @@ class RunTracker(Tracker):
         if self._samples:
             with open(self._run.samples_file, "a") as file:
                 file.writelines(self._samples)
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
             self._samples.clear()
 
     def warning(self) -> str | None:

@@ -54,9 +54,8 @@ def atomic_file(path: Path, sync: bool = False) -> Iterator[BinaryIO]:
     """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
-        file.flush()
         if sync:
-            os.fsync(file.fileno())
+            sync_file(file)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,6 +83,12 @@ def create_text(path: Path, text: str) -> bool:
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Write what an open file holds to the disk, so that it survives a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

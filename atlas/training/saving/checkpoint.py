@@ -19,6 +19,7 @@ from atlas.system.files import (
     atomic_path,
     describe_write_error,
     digest_of_file,
+    sync_file,
     sync_folder,
 )
 
@@ -131,13 +132,11 @@ def _write(path: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Non
         with open(temporary / STATE, "wb") as file:
             hashing = HashingFile(file)
             torch.save(dict(state), hashing)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         meta = {**meta, "sha256": hashing.digest()}
         with open(temporary / META, "w") as text:
             text.write(json.dumps(meta))
-            text.flush()
-            os.fsync(text.fileno())
+            sync_file(text)
     except (OSError, RuntimeError) as error:
         reason = hashing.error if hashing and hashing.error else error
         failure = describe_write_error(path / STATE, reason)  # before the space is free again
