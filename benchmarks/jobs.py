@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from victims import PATIENCE_S, Victim
 
 from atlas.errors import AtlasError
 from atlas.run.directory import Run
+from atlas.run.status import State
 from launchers.slurm.queue import ENDED, job_state
 
 ASK_S = 0.5  # between two questions to the controller
@@ -61,12 +61,12 @@ class Job(Victim):
         self._over = self._over + 1 if now is None or now in ENDED else 0
         if self._over < 2:
             return None
-        return 0 if Run(self.run).read_status().state == "finished" else 75
+        return 0 if Run(self.run).read_status().state is State.FINISHED else 75
 
     def at_work(self) -> bool:
         """Whether its rank is training now."""
-        status = json.loads((self.run / "status.json").read_text())
-        return bool(status["state"] == "running" and status["pid"])
+        status = Run(self.run).read_status()
+        return status.state is State.RUNNING and status.pid is not None
 
     def befall(self, what: str) -> bool:
         """Let `what` of `EVENTS` happen to it; whether it was at work then."""
@@ -84,7 +84,8 @@ class Job(Victim):
 
     def signal_rank(self, number: int) -> None:
         """Send a signal to its process, past Slurm."""
-        pid = json.loads((self.run / "status.json").read_text())["pid"]
+        pid = Run(self.run).read_status().pid
+        assert pid is not None, f"{self.run} has no rank"
         os.kill(pid, number)
 
 

@@ -32,26 +32,32 @@ class Run:
 
     @property
     def id(self) -> str:
+        """The id, which is the name of the directory."""
         return self.path.name
 
     @property
     def config_file(self) -> Path:
+        """The frozen configuration."""
         return self.path / "config.yaml"
 
     @property
     def status_file(self) -> Path:
+        """The status; `atlas.run.status` has its fields."""
         return self.path / "status.json"
 
     @property
     def journal_file(self) -> Path:
+        """The metrics, one line a step."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples_file(self) -> Path:
+        """The sample ids of every update, if `trainer.log_samples` is on."""
         return self.path / "samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of checkpoints, each named by its number of updates."""
         return self.path / "checkpoints"
 
     def newest_step(self) -> int:
@@ -62,6 +68,7 @@ class Run:
 
     @property
     def logs(self) -> Path:
+        """The folder of logs: one a rank, and the failure record."""
         return self.path / "logs"
 
     @property
@@ -78,6 +85,7 @@ class Run:
 
     @property
     def report_file(self) -> Path:
+        """The figure that `atlas report` draws."""
         return self.path / "report.png"
 
     @property
@@ -87,6 +95,7 @@ class Run:
 
     @property
     def evaluation_picture(self) -> Path:
+        """The figure of `atlas evaluate`."""
         return self.path / "evaluation.png"
 
     @property
@@ -120,11 +129,6 @@ class Run:
                 "started the run writes it again"
             )
         return found
-
-    def read_identity(self) -> dict[str, Any]:
-        """Return the part of the configuration that the id hashes."""
-        config = self.read_config()
-        return identity(config, config["run"]["world_size"])
 
     def read_status(self) -> Status:
         """Return a snapshot of `status.json`; `Status()` if it is missing or a crash emptied it."""

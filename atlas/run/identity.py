@@ -31,6 +31,11 @@ def identity(config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     return kept
 
 
+def frozen_identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a frozen configuration, whose head has the world size."""
+    return identity(config, config["run"]["world_size"])
+
+
 def run_id(identity: Mapping[str, Any]) -> str:
     """Return ten hexadecimal digits of the SHA-256 of `identity`, the same in every process."""
     text = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"))

@@ -11,7 +11,7 @@ from atlas.config.schema import BATCH_SPLIT, KEYS
 from atlas.errors import AtlasError, ConfigError
 from atlas.run import trust
 from atlas.run.directory import Run
-from atlas.run.identity import effective_batch, identity, is_excluded
+from atlas.run.identity import effective_batch, frozen_identity, identity, is_excluded
 from atlas.run.provenance import Provenance, describe_code
 from atlas.run.status import State
 
@@ -123,7 +123,7 @@ def with_another_batch(run: Run, config: Mapping[str, Any], world_size: int) -> 
         if ".old-" in other.id or other.judge_state() in (State.FINISHED, None):
             continue
         try:
-            theirs = flatten(other.read_identity())
+            theirs = flatten(frozen_identity(other.read_config()))
         except AtlasError:  # damaged, which does not concern this run
             continue
         theirs.pop("effective_batch", None)

@@ -16,6 +16,7 @@ from commands import unnamed
 from atlas.errors import AtlasError, RunBusyError
 from atlas.run import status
 from atlas.run.directory import Run
+from atlas.run.identity import frozen_identity
 from atlas.run.provenance import Provenance
 from atlas.run.status import State
 
@@ -85,7 +86,7 @@ def test_what_is_created(run, config):
         "sys_path": ["/own"],
         "code": CODE,
     }
-    assert run.read_identity() == {"trainer": {"steps": 24}, "seed": 0, "effective_batch": 16}
+    assert frozen_identity(frozen) == {"trainer": {"steps": 24}, "seed": 0, "effective_batch": 16}
 
 
 def test_the_first_status_word_for_word(run):

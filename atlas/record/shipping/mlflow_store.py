@@ -21,6 +21,7 @@ from atlas.record.shipping.log import reason, say
 from atlas.record.shipping.mlflow_sweep import ENDED, SweepRun, sweep_of
 from atlas.record.shipping.tags import marks, run_name, tags, valid_key
 from atlas.run.directory import Run
+from atlas.run.identity import frozen_identity
 from atlas.run.status import Status
 from atlas.system.files import atomic_path, locked
 
@@ -49,7 +50,7 @@ class Store:
             cursor.rewind()
             cursor.uploaded = {}
         cursor.run_id, cursor.experiment_id = self._id, found.info.experiment_id
-        self._describe(found, run.read_identity(), tags(run, config, status))
+        self._describe(found, frozen_identity(config), tags(run, config, status))
         if is_running and found.info.status != "RUNNING":
             self._client.update_run(self._id, status="RUNNING")
         if sweep := sweep_of(run, config):

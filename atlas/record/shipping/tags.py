@@ -14,7 +14,7 @@ from typing import Any
 from atlas.config.dotted import flatten
 from atlas.config.secrets import mask_uris
 from atlas.run.directory import Run
-from atlas.run.identity import is_excluded
+from atlas.run.identity import frozen_identity, is_excluded
 from atlas.run.status import State, Status
 from atlas.version import __version__
 
@@ -52,7 +52,7 @@ def tags(run: Run, config: Mapping[str, Any], status: Status) -> dict[str, str]:
         "mlflow.user": _user(),
         "mlflow.source.git.commit": code.get("commit"),
     }
-    excluded = _excluded(config, run.read_identity())
+    excluded = _excluded(config)
     said.update({f"config.{key}": value for key, value in excluded.items()})
     known = {key: str(value) for key, value in said.items() if value is not None}
     return {**known, **_state_tags(run.judge_state(), status)}
@@ -83,8 +83,8 @@ def _state_tags(state: State | None, status: Status) -> dict[str, str]:
     return {"atlas.state": str(state), "atlas.reason": str(status.reason or "")}
 
 
-def _excluded(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
-    hashed = flatten(identity)
+def _excluded(config: Mapping[str, Any]) -> dict[str, Any]:
+    hashed = flatten(frozen_identity(config))
     return {
         key: value
         for key, value in flatten({k: v for k, v in config.items() if k != "run"}).items()
