@@ -16,7 +16,7 @@ from atlas.record import journal
 from atlas.record.shipping.shipper import open_shipper
 from atlas.run.directory import Run
 from atlas.run.lock import Lock
-from atlas.run.status import State
+from atlas.run.status import State, end
 from atlas.system.files import sync_file, write_text
 
 STATUS_S = 5.0
@@ -164,7 +164,8 @@ class RunTracker(Tracker):
         """
         try:
             self.flush()
-            self.update_status(state=state, reason=reason, **changes)
+            self._lock.require_mine()  # again: to flush can take long
+            end(self._run, state, reason, last=self._last, **changes)
         finally:
             self._journal.close()
         missing = self._shipper.finish(

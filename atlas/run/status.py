@@ -1,24 +1,33 @@
 """The life of a run: its states, `status.json`, and the verbs that change them.
 
-                         ┌───────────── requeue ─────────────┐
-                         ▼                                   │
-    (new) ── create ─▶ queued ── begin ─▶ running ── end ─▶ finished | failed | killed | preempted
-                         ▲                                   │          │        │         │
-                         └── queue (Slurm), or begin again ──┴──────────┴────────┴─────────┘
+      (new)
+        │ Run.create
+        ▼            begin                end
+     queued ───────────────▶ running ───────────▶ finished | failed | killed | preempted
+      ▲  ▲                    │   ▲                  │           │        │          │
+      │  └───── requeue ──────┘   └───── begin ──────┤           │        │          │
+      │                                              │           │        │          │
+      └───────── queue, requeue ─────────────────────┴───────────┴────────┴──────────┘
 
 Who may change a state:
 
-- The process that creates a run: `queued`, once (`Run.create`).
-- The launcher that submits a job: `queue`, under the guard of the run's folder, so that rank 0 of a job
-  that starts at once comes second.
-- Rank 0, which holds the run's lock: `begin`, and `end` as its last record.
-- Whoever outlives the ranks (the local launcher, the batch script's epilog): `end`, for ranks that
-  could not write it themselves; `end_if_running` leaves alone what rank 0 has written.
-- A Slurm job that was asked to stop: `stop` (rank 0, once the job is back in the queue or cannot be);
-  `requeue` (the epilog, for a crash after which a checkpoint has advanced).
+- The process that creates a run: to `queued`, once (`Run.create`).
+- The launcher that submits a Slurm job: `queue`, under the guard that also protects the lock. Rank 0 of a
+  job that starts at once waits for it, so its `begin` comes second.
+- Rank 0, which holds the run's lock: `begin` first, and `end` last. If its job was preempted, `stop`
+  after that, with what became of the job: back in the queue, or why not.
+- Whoever outlives the ranks, for those that could not write it themselves: `end_if_running` (the local
+  launcher), `end` and `requeue` (the epilog of the batch script, under the guard, if the job has not
+  been submitted or requeued since), and `undo_requeue` if Slurm refuses.
 
-A recorded `running` is judged when it is read: without a live lock holder the run was killed
-(`Run.judge_state`). Nobody writes that down, since a reader may be on another machine.
+A recorded `running` is judged by the reader: without a live lock holder the run was killed
+(`Run.judge_state`). No reader writes that down: it does not hold the lock, and may be wrong about a
+holder on another host.
+
+`restarts` counts the attempts after the first, whoever starts them. An attempt counts once: when its job
+enters the queue, or at `begin` if no job did (the run was in a later state than `queued`).
+
+Fields that this version does not know are kept: another version of Atlas may have written them.
 """
 
 from __future__ import annotations
@@ -42,7 +51,7 @@ class State(str, Enum):
     PREEMPTED = "preempted"  # stopped for another job, or by a time limit; saved
     FINISHED = "finished"
     FAILED = "failed"
-    KILLED = "killed"  # stopped by a person, or gone without a word; the last checkpoint is valid
+    KILLED = "killed"  # stopped by the user, or lost its process; the last checkpoint is valid
 
     def __str__(self) -> str:
         return self.value
@@ -84,7 +93,10 @@ class Status:
 
     @classmethod
     def parse(cls, stored: Mapping[str, Any]) -> Status:
-        """Return the snapshot of what is stored; fields that this version does not know are skipped."""
+        """Return the snapshot of `stored`, without fields that this version does not know.
+
+        Raise `ValueError` for a state that it does not know.
+        """
         known = {f.name: stored[f.name] for f in fields(cls) if stored.get(f.name) is not None}
         if "state" in known:
             known["state"] = State(known["state"])
@@ -92,7 +104,7 @@ class Status:
 
 
 def queue(run: Run, launcher: str, job_id: str) -> None:
-    """Record that `run` waits as job `job_id`; a run that has been at work is restarted by that."""
+    """Record that `run` waits in the queue as job `job_id`."""
     before = run.read_status()
     run.failure_file.unlink(missing_ok=True)  # it belongs to an earlier job
     run.update_status(
@@ -106,7 +118,7 @@ def queue(run: Run, launcher: str, job_id: str) -> None:
 
 
 def begin(run: Run, job_id: str | None) -> None:
-    """Record that this process, as rank 0, trains `run` from now on."""
+    """Record that this process trains `run` from now on, as its rank 0."""
     before = run.read_status()
     run.update_status(
         state=State.RUNNING,
@@ -126,7 +138,7 @@ def end(run: Run, state: State, reason: str | None, **results: Any) -> None:
 
 
 def end_if_running(run: Run, state: State, reason: str | None) -> None:
-    """Record how `run` ended, unless somebody has done so already."""
+    """Record how `run` ended, unless another process has done so."""
     if run.read_status().state is State.RUNNING:
         end(run, state, reason)
 
@@ -148,4 +160,5 @@ def undo_requeue(run: Run, reason: str) -> None:
 
 
 def _is_again(before: Status) -> bool:
+    """Return whether an attempt that starts now is a further one, not yet counted by the queue."""
     return before.state not in (None, State.QUEUED)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,50 +46,90 @@ def test_claims(state, over, stopped):
     assert f"{State(state)}" == str(State(state)) == json.loads(json.dumps(State(state))) == state
 
 
+# (the verb, what it writes, whether the failure record of an earlier attempt goes)
+VERBS: dict[str, tuple[Callable[[Run], None], dict[str, Any], bool]] = {
+    "queue": (
+        lambda run: status.queue(run, "slurm", "12_3"),
+        {"state": "queued", "reason": None, "job_id": "12_3", "launcher": "slurm", "pid": None},
+        True,
+    ),
+    "begin": (
+        lambda run: status.begin(run, "12"),
+        {
+            **{"state": "running", "reason": None, "world_size": 4, "launcher": "torchrun"},
+            **{"job_id": "12", "pid": os.getpid(), "host": socket.gethostname()},
+        },
+        False,
+    ),
+    "end": (
+        lambda run: status.end(run, State.FINISHED, None, best={"step": 7}),
+        {"state": "finished", "reason": None, "best": {"step": 7}},
+        False,
+    ),
+    "stop": (
+        lambda run: status.stop(run, "time limit"),
+        {"state": "preempted", "reason": "time limit"},
+        False,
+    ),
+    "requeue": (
+        lambda run: status.requeue(run, "crash"),
+        {"state": "queued", "reason": "crash"},
+        True,
+    ),
+    "undo_requeue": (
+        lambda run: status.undo_requeue(run, "refused"),
+        {"state": "failed", "reason": "refused"},
+        False,
+    ),
+    "end_if_running": (
+        lambda run: status.end_if_running(run, State.FAILED, "crash"),
+        {"state": "failed", "reason": "crash"},
+        False,
+    ),
+}
+
+
+def restarted(verb: str, before: State | None) -> int:
+    """By how much `verb` changes the number of restarts of a run in state `before`."""
+    if verb in ("queue", "begin"):  # the job that was queued is the attempt that begins
+        return int(before not in (None, State.QUEUED))
+    return {"requeue": 1, "undo_requeue": -1}.get(verb, 0)
+
+
 @pytest.mark.parametrize("before", [None, *State])
-@pytest.mark.parametrize("verb", ["queue", "begin", "end_if_running"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_what_a_verb_writes_from_each_state(run, monkeypatch, before, verb):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("ATLAS_LAUNCHER", "torchrun")
+    earlier = {"state": before, "reason": "earlier", "restarts": 2, "step": 7, "job_id": "9"}
     if before:
-        given(run, state=before, reason="earlier", restarts=2, step=7)
+        given(run, **earlier)
     run.failure_file.write_text("{}")
-    again = before not in (None, State.QUEUED)
-    if verb == "queue":
-        status.queue(run, "slurm", "12_3")
-        expected = {"state": "queued", "reason": None, "job_id": "12_3", "launcher": "slurm"}
-        assert not run.failure_file.exists()
-    elif verb == "begin":
-        status.begin(run, "12")
-        expected = {"state": "running", "reason": None, "world_size": 4, "launcher": "torchrun"}
-    else:
-        status.end_if_running(run, State.FAILED, "crash")
-        if before is not State.RUNNING:
-            assert run.read_status().reason == ("earlier" if before else None)
-            return
-        expected, again = {"state": "failed", "reason": "crash"}, False
+    act, written, is_record_removed = VERBS[verb]
+    act(run)
+    assert run.failure_file.exists() != is_record_removed
+    if verb == "end_if_running" and before is not State.RUNNING:
+        assert run.status_file.exists() == bool(before)
+        assert not before or stored(run) == earlier
+        return
     found = stored(run)
-    assert {key: found[key] for key in expected} == expected
-    assert found.get("restarts", 0) == (2 if before else 0) + again
-    assert found.get("step") == (7 if before else None)
+    assert found.pop("updated") > 0
+    kept = {**earlier, "restarts": 2} if before else {}
+    assert found.pop("restarts", 0) == kept.pop("restarts", 0) + restarted(verb, before)
+    assert found == {**kept, **written}
 
 
-def test_a_requeue_counts_and_its_refusal_does_not(run):
+def test_an_attempt_counts_once(run):
     given(run, state="running", restarts=1)
     status.requeue(run, "crash; back in the queue")
-    assert (stored(run)["state"], stored(run)["restarts"]) == ("queued", 2)
+    status.begin(run, "12")
+    assert stored(run)["restarts"] == 2
+    status.requeue(run, "crash; back in the queue")
     status.undo_requeue(run, "refused")
-    assert (stored(run)["state"], stored(run)["restarts"]) == ("failed", 1)
-
-
-def test_stop_and_end(run):
-    status.stop(run, "time limit")
-    assert run.read_status() == Status.parse({**stored(run), "state": "preempted"})
-    status.end(run, State.FINISHED, None, step=12, best={"step": 8})
-    assert (stored(run)["state"], stored(run)["step"], stored(run)["best"]) == (
-        *("finished", 12),
-        {"step": 8},
-    )
+    assert (stored(run)["state"], stored(run)["restarts"]) == ("failed", 2)
+    status.queue(run, "slurm", "13")
+    status.begin(run, "13")
+    assert stored(run)["restarts"] == 3
 
 
 def test_fields_of_another_version_survive(run):
