@@ -139,6 +139,13 @@ def test_fields_of_another_version_survive(run):
     assert run.read_status().state is State.RUNNING
 
 
+def test_fields_that_an_older_version_did_not_write_have_defaults(run):
+    given(run, id="0123456789", state="finished", step=24, best=None, last=None, restarts=None)
+    found = run.read_status()
+    assert found == Status(id="0123456789", state=State.FINISHED, step=24)
+    assert (found.last, found.restarts, found.mlflow_run_id) == ({}, 0, None)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_an_emptied_file_is_as_none(run, text):
     run.status_file.write_text(text)
