@@ -1,4 +1,4 @@
-"""`atlas verify-resume`: the same short run straight and killed, compared to the bit."""
+"""`atlas verify-resume`: run a model straight and with a kill, and compare both bit by bit."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from atlas.version import ROOT
 HELP = "run a model straight and with a kill, and compare both bit by bit"
 POLL_S = 0.0005  # a step of a tiny model takes about a millisecond
 ATTEMPTS = 3
-END_S = 20.0  # for a killed run's processes to be gone
-HYDRAS = ("config_dir", "config_name")
+END_S = 20.0  # for the processes of a killed run to end
+HYDRA_OPTIONS = ("config_dir", "config_name")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The overrides of train.py, and what is done with them."""
+    """Add the overrides of train.py, and what is done with them."""
     _options(parser)
     parser.add_argument(
         "overrides", nargs=argparse.REMAINDER, help="what you would give to train.py"
@@ -40,7 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train twice in a temporary folder, once with a kill; exits with 0 where both are equal."""
+    """Train twice in a temporary folder, once with a kill; return 0 if both runs are equal."""
     rest = argparse.ArgumentParser(prog="atlas verify-resume")
     _options(rest)
     args, overrides = rest.parse_known_args(args.overrides, args)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise AtlasError(f"--steps {args.steps} must be at least 3: before, at and after the kill")
     options = [
         text
-        for name in HYDRAS
+        for name in HYDRA_OPTIONS
         if (value := getattr(args, name))
         for text in (f"--{name.replace('_', '-')}", value)
     ]
@@ -90,7 +90,7 @@ class Trial:
         steps: int,
         at: int | None,
     ) -> Trial:
-        """The trial of `overrides`, shortened to `steps` updates."""
+        """Return the trial of `overrides`, shortened to `steps` updates."""
         command = [sys.executable, str(ROOT / "train.py"), *options, *overrides]
         kill_at = random.randint(2, max(2, 2 * steps // 3)) if at is None else at
         if not 1 <= kill_at < steps:
@@ -99,7 +99,7 @@ class Trial:
         return cls(folder, [*command, *short], steps, kill_at)
 
     def verdict(self) -> int:
-        """Run both, say how they compare, and return the exit code."""
+        """Run both, print how they compare, and return the exit code."""
         print(f"{self.steps} updates straight …", flush=True)
         straight = self._finish("straight")
         print(f"{self.steps} updates with a SIGKILL after {self.kill_at} …", flush=True)
@@ -113,13 +113,13 @@ class Trial:
         difference = first_difference(straight, resumed)
         if difference:
             print(
-                f"NOT REPRODUCIBLE: killed after update {killed_at} and resumed, the run is another "
-                f"one.\n  first difference (straight, resumed): {difference}\n"
+                f"NOT REPRODUCIBLE: killed after update {killed_at} and resumed, the run differs."
+                f"\n  first difference (straight, resumed): {difference}\n"
                 "  see docs/reliability.md; on CUDA give trainer.deterministic=true"
             )
             return EXIT_FAILED
         print(
-            f"EQUAL TO THE BIT: killed after update {killed_at} of {self.steps} and resumed; "
+            f"BIT-IDENTICAL: killed after update {killed_at} of {self.steps} and resumed; "
             f"{compared(straight)}"
         )
         return EXIT_DONE
@@ -128,17 +128,17 @@ class Trial:
         return [*self.command, f"outputs={self.folder / name}"]
 
     def _finish(self, name: str) -> Run:
-        """Run to the end; raises `AtlasError` with what the run had to say."""
+        """Run to the end; raise `AtlasError` with the output of a run that fails."""
         done = subprocess.run(self._command(name), capture_output=True, text=True)
         if done.returncode:
-            raise AtlasError(f"the run does not end by itself:\n{done.stdout}{done.stderr}")
+            raise AtlasError(f"the run fails without a kill:\n{done.stdout}{done.stderr}")
         return self._run(name)
 
     def _run(self, name: str) -> Run:
         return Run(next(self.folder.glob(f"{name}/*/*/config.yaml")).parent)
 
     def _kill(self) -> int:
-        """Start, and kill once `kill_at` updates are saved; how many were saved, 0: it had ended."""
+        """Start, kill once `kill_at` updates are saved, and return how many were; 0 if it had ended."""
         shutil.rmtree(self.folder / "killed", ignore_errors=True)
         with open(self.folder / "killed.log", "w") as log:
             process = subprocess.Popen(
@@ -156,13 +156,13 @@ class Trial:
         return saved if saved < self.steps else 0
 
     def _wait_for_save(self, process: subprocess.Popen[Any]) -> None:
-        """Until the checkpoint is there, and then into the middle of some step."""
+        """Wait until the checkpoint exists, and then into the middle of some step."""
         while process.poll() is None and _saved(self.folder / "killed") < self.kill_at:
             time.sleep(POLL_S)
         time.sleep(random.uniform(0, 0.001))
         if process.poll():
             raise AtlasError(
-                f"the run failed by itself:\n{(self.folder / 'killed.log').read_text()}"
+                f"the run failed before the kill:\n{(self.folder / 'killed.log').read_text()}"
             )
 
     def _wait_for_end(self, run: Run) -> None:
@@ -172,29 +172,29 @@ class Trial:
 
 
 def composed(command: Sequence[str]) -> Mapping[str, Any]:
-    """What Hydra makes of `command`; raises `AtlasError` in its words where that is nothing."""
+    """Return the configuration that Hydra composes; raise `AtlasError` with its message if it can't."""
     done = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True)
     if done.returncode:
         raise AtlasError((done.stderr or done.stdout).strip().removeprefix("error: "))
     config: Mapping[str, Any] = yaml.safe_load(done.stdout)
     target = str(config["cluster"].get("_target_"))
     if not target.startswith("launchers.local."):
-        raise AtlasError(f"cluster is {target}: the check is run on this machine, cluster=local")
+        raise AtlasError(f"cluster is {target}: the check runs on this machine; use cluster=local")
     if config["resume"]:
         raise AtlasError(
-            f"resume={config['resume']}: the check trains runs of its own; leave it out and give what "
+            f"resume={config['resume']}: the check trains new runs; replace it by the arguments that "
             "the run was started with"
         )
     return config
 
 
 def shortened(config: Mapping[str, Any], steps: int, kill_at: int) -> Iterator[str]:
-    """Overrides that make a run of `steps` updates of `config` which can be compared."""
+    """Yield overrides that make a run of `steps` updates, of which everything can be compared."""
     yield from (f"trainer.steps={steps}", "tracking=none", "trainer.progress=false")
     yield from ("fresh=false", "dry_run=false")
     yield from ("trainer.log_interval=1", "trainer.log_samples=true", "trainer.keep=1")
     yield from (f"trainer.save_interval={kill_at}", "trainer.max_time=null")
-    if config["init_from"]:  # an id is below the person's outputs, and these runs have their own
+    if config["init_from"]:  # an id is looked up in the user's outputs, and these runs have their own
         yield f"init_from='{Run.find(str(config['init_from']), config['outputs']).path}'"
     warmup = (config.get("schedule") or {}).get("warmup")
     if isinstance(warmup, int) and warmup >= steps:
@@ -207,7 +207,7 @@ def shortened(config: Mapping[str, Any], steps: int, kill_at: int) -> Iterator[s
 
 
 def first_difference(straight: Run, resumed: Run) -> str | None:
-    """The first loss, rate, sample id, weight or other state in which the runs differ."""
+    """Return the first loss, rate, sample id, weight or other state that differs, or None."""
     found = itertools.chain(_samples_differ(straight, resumed), _points_differ(straight, resumed))
     if text := next(found, None):
         return text
@@ -217,7 +217,7 @@ def first_difference(straight: Run, resumed: Run) -> str | None:
 
 
 def compared(run: Run) -> str:
-    """How much was compared, in words."""
+    """Return how much was compared, in words."""
     updates = sum(1 for _ in journal.read(run.samples_file))
     return (
         f"{len(_points(run))} points (losses, rates, norms), the sample ids of {updates} updates, "
@@ -243,7 +243,7 @@ def _points_differ(straight: Run, resumed: Run) -> Iterator[str]:
 
 
 def _points(run: Run) -> dict[tuple[int, str], Any]:
-    """Every value of the journal that is no timing; one that stands twice is a list."""
+    """Return every value of the journal but timings; a value that is recorded twice is a list."""
     found: dict[tuple[int, str], Any] = {}
     for line in journal.read(run.journal_file):
         for key, value in line.items():
@@ -254,6 +254,6 @@ def _points(run: Run) -> dict[tuple[int, str], Any]:
 
 
 def _saved(outputs: Path) -> int:
-    """Updates in the newest checkpoint below `outputs`."""
+    """Return how many updates the newest checkpoint below `outputs` has."""
     names = (path.name for path in outputs.glob("*/*/checkpoints/[0-9]*"))
     return max(map(int, names), default=0)

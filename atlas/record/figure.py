@@ -52,7 +52,7 @@ class Curve:
 
     @property
     def peak(self) -> float:
-        """The largest value; 0 if there is none."""
+        """The largest value; 0 for an empty curve."""
         return float(self.values.max()) if len(self.values) else 0.0
 
     def thinned(self, values: ArrayLike | None = None) -> tuple[Array, Array]:

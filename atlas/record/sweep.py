@@ -44,7 +44,7 @@ class Sweep:
     ) -> Sweep:
         """Return the sweep over `keys` that `config` belongs to."""
         # The names of the keys without their values, so that a wider grid has the same id.
-        # An override of a config group, `data/augment@data.more=…`, stands for all of that group.
+        # An override of a config group, `data/augment@data.more=…`, sweeps all of that group.
         sections = [key.replace("/", ".").partition("@")[0] for key in keys]
         kept = without(identity(config, 1), [*sections, "effective_batch"])
         name = digest_of_json([sorted(keys), kept])[:10]
