@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import unnamed
+from commands import quick, train, unnamed
 
 import atlas.record.shipping.shipment as shipping
 from atlas.cli import main
@@ -663,6 +663,25 @@ def test_killed_while_the_store_is_made(tmp_path: Path) -> None:
     child.wait()
     assert sync(run).left == 0
     assert in_store(run) == in_journal(run)
+
+
+@pytest.mark.slow
+def test_one_process_sends_the_runs_of_a_pool(outputs: Path) -> None:
+    base, *rest = quick(outputs, "tracking=mlflow", "seed=1,2,3", "trainer.steps=12")
+    train(base, "-m", *rest)
+    runs = [Run(path.parent) for path in outputs.glob("quick/*/config.yaml")]
+    assert len(runs) == 3
+    parents = set()
+    for run in runs:
+        assert in_store(run) == in_journal(run)
+        client, run_id = store_of(run)
+        found = client.get_run(run_id)
+        assert found.info.status == "FINISHED" and run.read_status().mlflow_run_id == run_id
+        parents.add(found.data.tags["mlflow.parentRunId"])
+        assert run.report_file.exists() and not (run.logs / "sync.log").exists()
+    [parent] = parents
+    assert client.get_run(parent).data.metrics["runs/finished"] == 3.0
+    assert (outputs / "quick" / "sync.log").read_text().count("\n") == 3
 
 
 # --- without tracking
