@@ -194,7 +194,7 @@ def shortened(config: Mapping[str, Any], steps: int, kill_at: int) -> Iterator[s
     yield from ("fresh=false", "dry_run=false")
     yield from ("trainer.log_interval=1", "trainer.log_samples=true", "trainer.keep=1")
     yield from (f"trainer.save_interval={kill_at}", "trainer.max_time=null")
-    if config["init_from"]:  # an id is looked up in the user's outputs, and these runs have their own
+    if config["init_from"]:  # a path: an id would be looked up in the outputs of these runs
         yield f"init_from='{Run.find(str(config['init_from']), config['outputs']).path}'"
     warmup = (config.get("schedule") or {}).get("warmup")
     if isinstance(warmup, int) and warmup >= steps:
