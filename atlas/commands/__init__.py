@@ -1,5 +1,5 @@
 """The commands of `atlas`, one module each; the table of them is in `atlas/cli.py`.
 
 A module has `HELP`, a line about the command; `arguments(parser)`, which adds its arguments; and
-`run(args)`, which runs it and returns the exit code. What takes long to import is imported in `run`.
+`run(args)`, which returns the exit code. What takes long to import is imported in `run`.
 """

@@ -1,6 +1,6 @@
 """`atlas sync`: send what MLflow does not have of a run, and draw its report.
 
-A launcher starts it as well, as `atlas sync --follow RUN…`: that process is the shipper of the runs.
+A launcher starts it too, as `atlas sync --follow RUN…`: that process is the shipper of its runs.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Trial:
         killed_at = next(filter(None, (self._kill() for _ in range(ATTEMPTS))), 0)
         if not killed_at:
             raise AtlasError(
-                f"the run always ended before it could be killed after {self.kill_at} updates; give "
+                f"the run always ended before a kill after {self.kill_at} updates; give "
                 f"a smaller --kill-at or more --steps than {self.steps}"
             )
         resumed = self._finish("killed")
@@ -138,7 +138,7 @@ class Trial:
         return Run(next(self.folder.glob(f"{name}/*/*/config.yaml")).parent)
 
     def _kill(self) -> int:
-        """Start, kill once `kill_at` updates are saved, and return how many were; 0 if it had ended."""
+        """Start, kill after `kill_at` saved updates, and return how many; 0 if it had ended."""
         shutil.rmtree(self.folder / "killed", ignore_errors=True)
         with open(self.folder / "killed.log", "w") as log:
             process = subprocess.Popen(
@@ -172,7 +172,7 @@ class Trial:
 
 
 def composed(command: Sequence[str]) -> Mapping[str, Any]:
-    """Return the configuration that Hydra composes; raise `AtlasError` with its message if it can't."""
+    """Return the configuration that Hydra composes; raise its message as `AtlasError`."""
     done = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True)
     if done.returncode:
         raise AtlasError((done.stderr or done.stdout).strip().removeprefix("error: "))
@@ -182,7 +182,7 @@ def composed(command: Sequence[str]) -> Mapping[str, Any]:
         raise AtlasError(f"cluster is {target}: the check runs on this machine; use cluster=local")
     if config["resume"]:
         raise AtlasError(
-            f"resume={config['resume']}: the check trains new runs; replace it by the arguments that "
+            f"resume={config['resume']}: the check trains new runs; give instead what "
             "the run was started with"
         )
     return config

@@ -138,7 +138,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[Line]:
 
 
 def read_raw(path: Path, offset: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Yield every complete line as bytes with the offset behind it: `read_lines` without parsing."""
+    """Yield every complete line, not parsed, with the offset behind it."""
     if not path.exists():
         return
     with open(path, "rb") as file:

@@ -84,7 +84,7 @@ class Sweep:
         return {name: value for name, value in values.items() if value is not None}
 
     def table(self) -> str:
-        """Return all runs sorted by the objective, then every failure with its error and its logs."""
+        """Return all runs sorted by the objective, then every failure with error and logs."""
         rows, failures = [], []
         for run, swept in self.runs():
             state, status = run.judge_state(), run.read_status()

@@ -93,7 +93,7 @@ class NullTracker(Tracker):
 
 
 class RunTracker(Tracker):
-    """Records metrics, sample ids and the state of one run in its directory; only rank 0 has one."""
+    """Records metrics, sample ids and the state of a run in its directory, on rank 0."""
 
     def __init__(self, run: Run, lock: Lock, config: Mapping[str, Any]) -> None:
         self._run = run
@@ -131,7 +131,7 @@ class RunTracker(Tracker):
             self._samples.append(json.dumps({"step": step, "ids": list(ids)}) + "\n")
 
     def update_status(self, **changes: Any) -> None:
-        """Write the journal, then `status.json` with `changes` and the last value of every metric."""
+        """Write the journal, then `status.json` with `changes` and the last metrics."""
         self._lock.require_mine()
         self._journal.flush()
         self._run.update_status(last=self._last, **changes)
@@ -160,7 +160,7 @@ class RunTracker(Tracker):
     def close(self, state: State, reason: str | None, **changes: Any) -> str | None:
         """Record how the run ended and wait for the shipper; return what it could not send.
 
-        The state is on the disk before the shipper is asked to finish: it sends what it finds there.
+        The state is on the disk before the shipper is asked to finish, which sends what it finds.
         """
         try:
             self.flush()

@@ -1,4 +1,4 @@
-"""The journal: complete lines only, replay compared and written once, and killed or full as it may."""
+"""The journal: complete lines, each once, whatever is killed, damaged or full."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Shipped:
-    """What one sync of a run did: points it sent, points that MLflow still does not have, and why."""
+    """What one sync of a run did: how much it sent, how much is missing, and why."""
 
     run: str  # its id
     sent: int

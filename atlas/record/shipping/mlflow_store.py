@@ -204,8 +204,8 @@ class Store:
 def create_sqlite(path: Path) -> None:
     """Create an MLflow store at `path` unless it exists.
 
-    MLflow's migrations survive neither a second process nor a kill. So one process at a time creates
-    the store, under a temporary name that is replaced when the store is complete.
+    MLflow's migrations survive neither a second process nor a kill. So one process at a time
+    creates the store, and under a temporary name, which it loses when it is complete.
     """
     if path.exists() and path.stat().st_size:
         return

@@ -20,7 +20,7 @@ ENDED = {State.FINISHED: "FINISHED", State.FAILED: "FAILED", State.KILLED: "KILL
 
 
 class SweepRun:
-    """The MLflow run of a sweep, in an experiment; the first of the runs that looks for it makes it."""
+    """The MLflow run of a sweep in an experiment, created by the first of its runs."""
 
     def __init__(self, client: MlflowClient, sweep: Sweep, experiment: str) -> None:
         self._client = client
