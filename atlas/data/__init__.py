@@ -1,1 +1,1 @@
-"""Data sets: map-style, the index of a sample is its id."""
+"""Data sets: map-style, so the index of a sample is its id."""

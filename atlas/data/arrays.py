@@ -1,4 +1,4 @@
-"""Arrays on disk that are made once, by whichever process is first, and mapped by all others."""
+"""Types of arrays, and arrays on disk that one process writes and all others map."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 from atlas.system.files import atomic_file
 
 Array = NDArray[Any]
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
 
 
 def cache_folder(name: str) -> Path:
-    """$ATLAS_CACHE/<name>, or ~/.cache/atlas/<name>."""
+    """Return $ATLAS_CACHE/<name>, or ~/.cache/atlas/<name>."""
     return (Path(os.environ.get("ATLAS_CACHE", "~/.cache/atlas")) / name).expanduser()
 
 
 def is_ready(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether the whole array is in `file`; one cut short is not."""
+    """Return whether `file` holds the whole array; a truncated file does not."""
     try:
         array = np.load(file, mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -33,20 +36,20 @@ def is_ready(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
 def write_array(
     file: Path, shape: tuple[int, ...], dtype: np.dtype[Any], parts: Iterable[Array]
 ) -> None:
-    """Write `parts`, which put after each other are the array; under its name only once complete.
+    """Write the concatenation of `parts`; `file` appears only once it is complete.
 
-    Raises OSError where it cannot be written, and whatever making a part raises.
+    Raises OSError if the file cannot be written, and any error that producing a part raises.
     """
     header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-    # Written in order, not through a memory map: on a full disk that would be SIGBUS.
+    # Written in order and not through a memory map: on a full disk that would be SIGBUS.
     with atomic_file(file, sync=True) as out:
         np.lib.format.write_array_header_1_0(out, header)
         for part in parts:
             out.write(np.ascontiguousarray(part, dtype).tobytes())
 
 
-@lru_cache(maxsize=1024)  # below the number of open maps that a process may have
+@lru_cache(maxsize=1024)  # below the number of maps that a process may have open
 def open_array(file: Path) -> Array:
-    """The array in `file`, mapped, not read."""
+    """Return the array in `file`, memory-mapped."""
     array: Array = np.load(file, mmap_mode="r")
     return array

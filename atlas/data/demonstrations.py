@@ -1,37 +1,32 @@
-"""Demonstrations that are held in memory: what the data sets have in common that simulate them."""
+"""Demonstrations held in memory: the common part of the simulated data sets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from atlas.data.arrays import Floats, Ints, Pixels
+from atlas.data.baselines import Vectors
 from atlas.errors import ConfigError
 from atlas.system.files import digest
 
-BLOCK = 1024  # frames in a stretch of images or samples
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-Pixels = NDArray[np.uint8]
-Batch = dict[str, Any]
-Policy = Callable[[Batch], Tensor]
+FRAMES = 1024  # frames in a block of images, and samples in a batch of `blocks`
 
 
 class Demonstrations:
-    """Episodes one after the other; a sample is a frame and the next `horizon` actions.
+    """Concatenated episodes; a sample is a frame and the next `horizon` actions.
 
-    To be set by who builds on it, with a row a frame and an entry an episode.
+    A subclass sets the attributes: N frames, E episodes, V cameras.
     """
 
     images: Pixels  # [N, V, 3, H, W]
     states: Floats  # [N, S]
     actions: Floats  # [N, A]
-    episode: Ints  # [N], the episode that each frame is of
+    episode: Ints  # [N], index of the episode that each frame belongs to
     ends: Ints  # [E], one past the last frame of each episode
     instructions: list[str]  # [E]
     horizon: int
@@ -40,9 +35,12 @@ class Demonstrations:
     def __len__(self) -> int:
         return len(self.states)
 
-    def __getitem__(self, index: int) -> Batch:
-        """One sample: images uint8 [V, 3, H, W], state [1, S], instruction, actions [T, A],
-        action_mask [T], False past the episode's end."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return sample `index`.
+
+        `images` uint8 [V, 3, H, W], `state` [1, S], `instruction`, `actions` [T, A] and
+        `action_mask` [T], False past the episode's end.
+        """
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         batch = self._gather(np.array([index % len(self)]))
@@ -54,54 +52,55 @@ class Demonstrations:
         seeds: Sequence[int] | Ints | None = None,
         *,
         images: bool = True,
-    ) -> Batch:
-        """The samples of these ids, collated; without `images` where they are not wanted.
+    ) -> dict[str, Any]:
+        """Return the collated batch of the samples `ids`; with images=False without `images`.
 
-        Images are augmented by one seed a sample, if at all.
+        `seeds`: one seed a sample for random augmentation, if the data set augments.
         """
         batch = self._gather(np.asarray(ids, np.int64), images)
         if images and seeds is not None and self.augments:
-            augmented = self._augmented(batch["images"].numpy(), np.asarray(seeds))
+            augmented = self._augment(batch["images"].numpy(), np.asarray(seeds))
             batch["images"] = torch.from_numpy(augmented)
         return batch
 
     @property
     def augments(self) -> bool:
-        """Whether a sample's images depend on its seed, by `_augmented`."""
+        """Whether a sample's images depend on its seed."""
         return False
 
-    def _augmented(self, images: Pixels, seeds: Ints) -> Pixels:
-        """Images [B, V, 3, H, W], each a function of what it was and of its seed of [B]."""
+    def _augment(self, images: Pixels, seeds: Ints) -> Pixels:
+        """Return changed copies of images [B, V, 3, H, W], each determined by its seed of [B]."""
         raise NotImplementedError
 
     def image_blocks(self) -> list[tuple[str, int]]:
-        """For each stretch of frames: what tells its pixels from all others, and their number."""
-        starts = range(0, len(self), BLOCK)
-        blocks = [self.images[start : start + BLOCK] for start in starts]
+        """Return a digest of the pixels and the number of frames of every block."""
+        starts = range(0, len(self), FRAMES)
+        blocks = [self.images[start : start + FRAMES] for start in starts]
         return [(digest(block.tobytes()), len(block)) for block in blocks]
 
     def block_images(self, block: int, start: int, stop: int) -> Tensor:
-        """uint8 [stop - start, V, 3, H, W], frames of one of `image_blocks`."""
-        return torch.from_numpy(self.images[block * BLOCK + start : block * BLOCK + stop])
+        """Return frames `start` to `stop` of a block, uint8 [stop - start, V, 3, H, W]."""
+        return torch.from_numpy(self.images[block * FRAMES + start : block * FRAMES + stop])
 
     def image_places(self, ids: Sequence[int] | Ints) -> tuple[Ints, Ints]:
-        """The block and the frame in it of each sample's images, [B] and [B]."""
-        return np.divmod(np.asarray(ids, np.int64), BLOCK)
+        """Return the block and the frame inside it of each sample's images, [B] each."""
+        return np.divmod(np.asarray(ids, np.int64), FRAMES)
 
-    def blocks(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        """State [B, 1, S], actions [B, T, A] and mask [B, T] of all samples, BLOCK at a time."""
-        for start in range(0, len(self), BLOCK):
-            batch = self._gather(np.arange(start, min(start + BLOCK, len(self))), images=False)
+    def blocks(self) -> Iterator[Vectors]:
+        """Yield `state` [B, 1, S], `actions` [B, T, A] and `action_mask` [B, T] of all samples."""
+        for start in range(0, len(self), FRAMES):
+            ids = np.arange(start, min(start + FRAMES, len(self)))
+            batch = self._gather(ids, images=False)
             yield batch["state"].numpy(), batch["actions"].numpy(), batch["action_mask"].numpy()
 
     def baselines(self, train: Demonstrations) -> dict[str, float]:
-        """L1 over this split's valid actions, in their own units, without a model."""
+        """Return the L1 error of the mean action of `train` over this split's valid actions."""
         mean = train.actions.astype(np.float64).mean(axis=0).astype(np.float32)
         batch = self._gather(np.arange(len(self)), images=False)
         errors = np.abs(batch["actions"].numpy() - mean)[batch["action_mask"].numpy()]
         return {"mean_action": float(errors.mean(dtype=np.float64))}
 
-    def _gather(self, ids: Ints, images: bool = True) -> Batch:
+    def _gather(self, ids: Ints, images: bool = True) -> dict[str, Any]:
         ends = self.ends[self.episode[ids]]
         steps = ids[:, None] + np.arange(self.horizon)
         mask = steps < ends[:, None]
@@ -116,8 +115,8 @@ class Demonstrations:
         }
 
 
-def check(split: str, **counts: int) -> None:
-    """Raise `ConfigError` for another split than train and val, and for `data.<name>` below 1."""
+def check_split(split: str, **counts: int) -> None:
+    """Raise `ConfigError` if `split` is neither train nor val, or a `data.<name>` is below 1."""
     if split not in ("train", "val"):
         raise ConfigError(f"data split={split!r} is unknown: use 'train' or 'val'")
     for name, count in counts.items():
@@ -126,6 +125,6 @@ def check(split: str, **counts: int) -> None:
 
 
 def moments(values: Floats) -> dict[str, list[float]]:
-    """Mean and standard deviation of each column."""
+    """Return mean and standard deviation of each column."""
     exact = values.astype(np.float64)
     return {"mean": exact.mean(axis=0).tolist(), "std": exact.std(axis=0).tolist()}

@@ -1,9 +1,9 @@
-"""A table top simulated with numpy: scenes, two cameras, a gripper and a demonstrator.
+"""A table simulated with numpy: scenes, two cameras, a gripper and a demonstrator.
 
 The table is the unit square, so lengths are in table widths and an action is a displacement of the
-gripper in table widths per step. Every function takes arrays over scenes and loops over none of
-them; only drawing a scene's random numbers is done one by one, so that scene `i` of a seed is the
-same however many others are asked for.
+gripper in table widths per step. All functions work on arrays over N scenes without a Python loop
+over them. Only the random numbers are drawn scene by scene, so that scene `i` of a seed does not
+depend on how many other scenes are drawn.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-Pixels = NDArray[np.uint8]
+from atlas.data.arrays import Array, Floats, Ints, Pixels
 
 CAMERAS = ("overhead", "oblique")
 SIZE = 56  # pixels, height and width of each view
@@ -29,29 +27,29 @@ KINDS = ("ball", "box", "cone", "ring")
 VERBS = ("touch", "reach", "find", "go to")
 OBJECTS = 3
 RADIUS = 0.075  # of an object, in table widths
-TOUCH = 0.08  # the gripper is on an object whose centre is nearer than this
+TOUCH = 0.08  # the gripper touches an object whose centre is nearer than this
 STEP = 0.045  # the longest displacement of the demonstrator in one step
-GAIN = 0.5  # share of the remaining way that it takes once that is below STEP
-ARRIVED = 0.012  # a demonstration ends when this near to the target's centre
-NOISE = 0.004  # standard deviation of what is executed beside what was commanded
-LONGEST = 40  # steps at which a demonstration is cut in any case
+GAIN = 0.5  # fraction of the remaining distance that the last steps cover, if below STEP
+ARRIVED = 0.012  # a demonstration ends at this distance from the target's centre
+NOISE = 0.004  # standard deviation of the executed minus the commanded displacement
+LONGEST = 40  # steps of the longest demonstration
 
 _COLOUR_VALUES = np.array(list(COLOURS.values()), np.float32)
-_SPRITE = 5  # half the window, in pixels, that the gripper is drawn in
+_SPRITE = 5  # half the width of the window that the gripper is drawn in, in pixels
 _GRIPPER, _RIM = (25.0, 25.0, 30.0), (245.0, 245.0, 245.0)
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """`N` scenes, every field an array over them."""
+    """`N` scenes; every field is an array over them."""
 
     kinds: Ints  # [N, 3] into KINDS, distinct in a scene
     colours: Ints  # [N, 3] into COLOURS, distinct in a scene
     positions: Floats  # [N, 3, 2] centres of the objects
     verbs: Ints  # [N] into VERBS
-    starts: Floats  # [N, 2] where the gripper begins
+    starts: Floats  # [N, 2] initial positions of the gripper
     tables: Floats  # [N, 3] colour of the table
-    noise: Floats  # [N, LONGEST, 2] what a demonstration's execution adds to each command
+    noise: Floats  # [N, LONGEST, 2] added to each command of a demonstration
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -61,11 +59,11 @@ class Scenes:
 
     @property
     def targets(self) -> Floats:
-        """[N, 2] the centre of the object that is asked for: the first; it is drawn at random."""
+        """[N, 2], the centres of the named objects: the first of each scene."""
         return self.positions[:, 0]
 
     def instructions(self) -> list[str]:
-        """`touch the red ball`, one a scene."""
+        """Return an instruction for each scene, such as `touch the red ball`."""
         names = list(COLOURS)
         return [
             f"{VERBS[verb]} the {names[colour]} {KINDS[kind]}"
@@ -76,12 +74,12 @@ class Scenes:
 
 
 def draw_scenes(seed: int, stream: int, indices: list[int]) -> Scenes:
-    """The scenes of these indices; each a function of (seed, stream, its index) alone."""
+    """Return the scenes `indices`; each depends only on (seed, stream, index)."""
     drawn = [_draw_scene(np.random.default_rng([seed, stream, index])) for index in indices]
     return Scenes(**{f.name: np.stack([one[f.name] for one in drawn]) for f in fields(Scenes)})
 
 
-def _draw_scene(rng: np.random.Generator) -> dict[str, NDArray[np.generic]]:
+def _draw_scene(rng: np.random.Generator) -> dict[str, Array]:
     points = _spread_points(rng)
     return {
         "kinds": rng.permutation(len(KINDS))[:OBJECTS],
@@ -95,7 +93,7 @@ def _draw_scene(rng: np.random.Generator) -> dict[str, NDArray[np.generic]]:
 
 
 def _spread_points(rng: np.random.Generator, apart: float = 0.24) -> Floats:
-    """[4, 2] places for the objects and the gripper, pairwise at least `apart` from each other."""
+    """Return positions of the objects and the gripper, [4, 2], at least `apart` from each other."""
     while True:
         points = rng.uniform(0.1, 0.9, (OBJECTS + 1, 2)).astype(np.float32)
         gaps = np.linalg.norm(points[:, None] - points[None], axis=-1)
@@ -104,25 +102,26 @@ def _spread_points(rng: np.random.Generator, apart: float = 0.24) -> Floats:
 
 
 def command(grippers: Floats, targets: Floats) -> Floats:
-    """[N, 2] the demonstrator's displacement: straight to the target, slowing down before it."""
-    way = targets - grippers
-    distance = np.linalg.norm(way, axis=-1, keepdims=True)
+    """Return the demonstrator's displacements [N, 2]: straight to the target, slower near it."""
+    difference = targets - grippers
+    distance = np.linalg.norm(difference, axis=-1, keepdims=True)
     length = np.minimum(GAIN * distance, STEP)
-    action: Floats = way * (length / np.maximum(distance, 1e-6))
+    action: Floats = difference * (length / np.maximum(distance, 1e-6))
     return action
 
 
 def move(grippers: Floats, actions: Floats) -> Floats:
-    """[N, 2] the grippers after these displacements; the edge of the table stops them."""
+    """Return the positions [N, 2] after these displacements; the table's edge stops a gripper."""
     stopped: Floats = np.clip(grippers + actions, 0.0, 1.0)
     return stopped
 
 
 def demonstrate(scenes: Scenes) -> tuple[Floats, Floats, Ints]:
-    """Positions [N, LONGEST, 2], commands [N, LONGEST, 2] and lengths [N], in steps.
+    """Return positions [N, LONGEST, 2], commands [N, LONGEST, 2] and lengths [N] in steps.
 
-    What is executed is the command and a little noise, so that demonstrations also show the way
-    back from where a policy's own errors lead. Rows past an episode's length mean nothing.
+    Noise is added to each command before it is executed, so that demonstrations also show how to
+    return from the positions that a policy's errors lead to. Rows past an episode's length are
+    meaningless.
     """
     states = np.empty((len(scenes), LONGEST, 2), np.float32)
     actions = np.empty_like(states)
@@ -138,13 +137,13 @@ def demonstrate(scenes: Scenes) -> tuple[Floats, Floats, Ints]:
 
 
 def on_target(scenes: Scenes, grippers: Floats) -> NDArray[np.bool_]:
-    """[N] whether the gripper is on the object that is asked for."""
+    """Return whether each gripper touches the named object, [N]."""
     touched: NDArray[np.bool_] = np.linalg.norm(grippers - scenes.targets, axis=-1) < TOUCH
     return touched
 
 
 def draw_tables(scenes: Scenes) -> Pixels:
-    """[N, V, 3, H, W] what the cameras see of the objects, without the gripper."""
+    """Return the cameras' images of the table and its objects, without grippers [N, V, 3, H, W]."""
     views = [_draw_objects(scenes, camera) for camera in CAMERAS]
     return np.stack(views, axis=1)
 
@@ -152,14 +151,14 @@ def draw_tables(scenes: Scenes) -> Pixels:
 def draw_grippers(images: Pixels, grippers: Floats) -> None:
     """Draw the grippers [N, 2] into `images` [N, V, 3, H, W], in place.
 
-    Only the window of pixels about each gripper is touched, which makes a frame cost about as much
-    as copying it.
+    Only a window of pixels around each gripper is changed, so this takes about as long as to copy
+    the images.
     """
     for view, camera in enumerate(CAMERAS):
         centres, scale = _project(grippers, camera)
         centres[:, 1] -= _height(camera) * scale
         offsets = np.arange(-_SPRITE, _SPRITE + 1)
-        # Clipped indices repeat at the border and then write the same value twice.
+        # At the border, clipped indices repeat; they write the same value twice.
         columns = np.clip(np.floor(centres[:, :1]).astype(int) + offsets, 0, SIZE - 1)
         rows = np.clip(np.floor(centres[:, 1:]).astype(int) + offsets, 0, SIZE - 1)
         where = np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]
@@ -174,9 +173,10 @@ def draw_grippers(images: Pixels, grippers: Floats) -> None:
 
 
 def _blend(pixels: Floats, colour: float | Floats, inside: Floats) -> Floats:
-    """Paint `colour` where `inside`, the distance from a shape's edge in pixels, is positive.
+    """Return `pixels` with `colour` where `inside` is positive.
 
-    The half pixel on each side of the edge is mixed, so that places finer than a pixel show.
+    `inside` is the distance from a shape's edge in pixels. Within half a pixel of the edge the
+    colours are mixed, so that positions finer than a pixel are visible.
     """
     cover = np.clip(inside + 0.5, 0.0, 1.0)
     painted: Floats = pixels + cover * (colour - pixels)
@@ -184,7 +184,10 @@ def _blend(pixels: Floats, colour: float | Floats, inside: Floats) -> Floats:
 
 
 def _project(points: Floats, camera: str) -> tuple[Floats, Floats]:
-    """Pixels (column, row) of table points [N, 2], and there the pixels per table width [N]."""
+    """Return the pixels (column, row) [N, 2] of table points, and the pixels per table width [N].
+
+    The oblique camera sees distant points smaller, so the scale depends on the point.
+    """
     if camera == "overhead":
         scale = np.full(len(points), SIZE - 8.0, np.float32)
         return 4.0 + points * scale[:, None], scale
@@ -195,19 +198,19 @@ def _project(points: Floats, camera: str) -> tuple[Floats, Floats]:
 
 
 def _height(camera: str) -> float:
-    """How far above its foot a thing's middle is seen, in table widths."""
+    """Return how far above its base an object's centre appears, in table widths."""
     return 0.0 if camera == "overhead" else 0.05
 
 
 def _draw_objects(scenes: Scenes, camera: str) -> Pixels:
-    """[N, 3, H, W] the table and its objects, the far ones first."""
+    """Return images of the table and its objects, [N, 3, H, W], the distant objects drawn first."""
     image = np.empty((len(scenes), 3, SIZE, SIZE), np.float32)
     image[:] = scenes.tables[:, :, None, None]
     order = np.argsort(-scenes.positions[:, :, 1], axis=1, kind="stable")
-    everyone = np.arange(len(scenes))
+    every = np.arange(len(scenes))
     for slot in order.T:
-        kinds, colours = scenes.kinds[everyone, slot], scenes.colours[everyone, slot]
-        centres, scale = _project(scenes.positions[everyone, slot], camera)
+        kinds, colours = scenes.kinds[every, slot], scenes.colours[every, slot]
+        centres, scale = _project(scenes.positions[every, slot], camera)
         centres[:, 1] -= _height(camera) * scale
         for kind, name in enumerate(KINDS):
             chosen = np.flatnonzero(kinds == kind)
@@ -219,7 +222,7 @@ def _draw_objects(scenes: Scenes, camera: str) -> Pixels:
 
 
 def _inside(kind: str, centres: Floats, radius: Floats) -> Floats:
-    """[N, H, W] distance in pixels from the edge of a shape, positive within."""
+    """Return the distances in pixels from the edge of a shape, [N, H, W], positive inside."""
     grid = np.arange(SIZE, dtype=np.float32) + 0.5
     x = grid[None, None, :] - centres[:, 0, None, None]
     y = grid[None, :, None] - centres[:, 1, None, None]
@@ -227,7 +230,7 @@ def _inside(kind: str, centres: Floats, radius: Floats) -> Floats:
     inside: Floats
     if kind == "box":
         inside = 0.85 * size - np.maximum(np.abs(x), np.abs(y))
-    elif kind == "cone":  # an upright triangle; 0.894 and 0.447 are its sides' unit normal
+    elif kind == "cone":  # an upright triangle; (0.894, 0.447) is the unit normal of its sides
         inside = np.minimum(0.894 * (0.6 * size - np.abs(x)) + 0.447 * y, size - y)
     elif kind == "ring":
         inside = 0.32 * size - np.abs(np.sqrt(x * x + y * y) - 0.75 * size)

@@ -1,4 +1,4 @@
-"""The embedded data set: demonstrations of touching a named object on a simulated table top."""
+"""The built-in data set: demonstrations of touching a named object on a simulated table."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from atlas.data import simulator
+from atlas.data.arrays import Floats, Ints, Pixels
 from atlas.data.augment import splitmix
-from atlas.data.demonstrations import Demonstrations, Policy, check, moments
-from atlas.data.simulator import Floats, Ints, Pixels, Scenes
+from atlas.data.demonstrations import Demonstrations, check_split, moments
+from atlas.data.protocol import Act
+from atlas.data.simulator import Scenes
 from atlas.errors import ConfigError
 
-TRAIN, VAL, ROLLOUT = range(3)  # streams of scenes that have no scene in common
-EXECUTED = 4  # actions of a predicted chunk that a rollout executes before it asks again
+TRAIN, VAL, ROLLOUT = range(3)  # streams of scenes; no two streams share a scene
+EXECUTED = 4  # actions of a chunk that a rollout executes before it asks the policy again
 ROLLOUT_STEPS = 36  # the longest demonstrations take about 25
 
 
 class Tabletop(Demonstrations):
-    """Frames of demonstrations; a sample is what the cameras see and the next `horizon` actions.
+    """Frames of demonstrations; a sample is the camera images and the next `horizon` actions.
 
     split: `train` has `episodes` demonstrations, `val` has `val_episodes` others.
-    seed: all scenes, demonstrations and rollouts are a function of it.
-    horizon: actions in a chunk. rollouts: scenes for `rollout`, in neither split.
-    blank_instruction: every instruction is the empty string, to measure what language is worth.
-    augment: `batch` shifts each view by up to this many pixels, each way (0: not at all).
+    seed: determines all scenes, demonstrations and rollouts.
+    horizon: actions in a chunk. rollouts: number of scenes for `rollout`, in neither split.
+    blank_instruction: make every instruction empty, to measure how much language contributes.
+    augment: `batch` shifts each view by up to this many pixels in each direction (0: off).
     """
 
     def __init__(
@@ -42,7 +43,8 @@ class Tabletop(Demonstrations):
         blank_instruction: bool = False,
         augment: int = 0,
     ) -> None:
-        _check(split, episodes, val_episodes, horizon, augment)
+        check_split(split, episodes=episodes, val_episodes=val_episodes, horizon=horizon)
+        _check_augment(augment)
         self.split, self.seed, self.horizon, self.augment = split, seed, horizon, augment
         self.scenes, self.blank_instruction = rollouts, blank_instruction
         training = _demonstrations(seed, TRAIN, episodes)
@@ -72,16 +74,16 @@ class Tabletop(Demonstrations):
         """Whether a sample's images depend on its seed."""
         return bool(self.augment)
 
-    def _augmented(self, images: Pixels, seeds: Ints) -> Pixels:
+    def _augment(self, images: Pixels, seeds: Ints) -> Pixels:
         return _shift(images, seeds, self.augment)
 
-    def rollout(self, policy: Policy, scenes: Sequence[int]) -> dict[str, Floats]:
-        """Let `policy` act in these scenes, all in lock-step; one value a scene.
+    def rollout(self, policy: Act, scenes: Sequence[int]) -> dict[str, Floats]:
+        """Return the outcomes, one value a scene, of `policy` acting in all `scenes` in lockstep.
 
-        policy: raw observations (images uint8 [B, V, 3, H, W], state [B, 1, 2], instruction) to
-        actions [B, T, 2] in table widths a step, of which the first few are executed.
-        Returns `success`, 1 where the gripper ends on the named object and else 0, and
-        `distance`, how far from its centre it ends, in table widths.
+        policy: from observations (images uint8 [B, V, 3, H, W], state [B, 1, 2], instruction) to
+        actions [B, T, 2] in table widths a step, of which the first EXECUTED are executed.
+        `success` is 1 if the gripper ends on the named object and 0 otherwise; `distance` is the
+        gripper's final distance from the object's centre, in table widths.
         """
         world = simulator.draw_scenes(self.seed, ROLLOUT, [int(i) for i in scenes])
         instructions = [""] * len(world) if self.blank_instruction else world.instructions()
@@ -103,7 +105,7 @@ class Tabletop(Demonstrations):
 
 
 class _Recorded:
-    """Episodes one after the other: a row of `states` and `actions` is a frame."""
+    """Concatenated episodes: a row of `states` and `actions` is a frame."""
 
     def __init__(self, scenes: Scenes) -> None:
         states, actions, lengths = simulator.demonstrate(scenes)
@@ -116,18 +118,20 @@ class _Recorded:
 
 @lru_cache(maxsize=4)
 def _demonstrations(seed: int, stream: int, episodes: int) -> _Recorded:
-    """Without images, so that both splits can know the training statistics at no cost."""
+    # Without images: both splits need the training statistics, and this makes them cheap.
     return _Recorded(simulator.draw_scenes(seed, stream, list(range(episodes))))
 
 
-def _check(split: str, episodes: int, val_episodes: int, horizon: int, augment: int) -> None:
-    check(split, episodes=episodes, val_episodes=val_episodes, horizon=horizon)
+def _check_augment(augment: int) -> None:
     if not 0 <= augment < simulator.SIZE // 2:
         raise ConfigError(f"data.train.augment={augment} must be 0 to {simulator.SIZE // 2 - 1} px")
 
 
-def _shift(images: Pixels, seeds: NDArray[Any], most: int) -> Pixels:
-    """Move each view by up to `most` pixels each way, repeating the border; one seed a sample."""
+def _shift(images: Pixels, seeds: Ints, most: int) -> Pixels:
+    """Return each view shifted by up to `most` pixels, with its border repeated.
+
+    `seeds`: one seed a sample.
+    """
     count, views, _, height, width = images.shape
     lanes = np.arange(2 * views, dtype=np.uint64)
     draws = splitmix(splitmix(seeds.astype(np.uint64))[:, None] + lanes)

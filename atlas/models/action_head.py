@@ -1,4 +1,4 @@
-"""Chunks of actions: numbers by regression or out of noise, or choices among discrete ones."""
+"""Action heads: regression, flow matching, and a choice among discrete actions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from atlas.models.layers.transformer import Block
 
 
 class ActionHead(nn.Module):
-    """The joined feature to a chunk of actions in normalised units, whatever they stand for.
+    """Base of the action heads: from the fused vector to a chunk of normalised actions.
 
-    `forward(features)` is the chunk to act with, [B, T, A]. `errors(features, actions, mask)` is
-    what is learned from: an error for each element, float32 [B, T, E], whose mean over the valid
-    ones is the loss, and by name what is measured besides, each float32 [B, T, .]: `l1` [B, T, A],
-    the absolute distance of the chunk to act with, where it is known without much ado. All are
-    exactly 0 where `mask` [B, T] is False.
+    `forward(features)` returns the chunk to act with, [B, T, A]; `errors` what training needs. See
+    `atlas.models.protocol.ActionHead`.
 
-    discrete: whether it is for actions of which one is taken, a 1 among zeros in the data.
+    discrete: whether the actions are discrete, which is one-hot vectors in the data.
     """
 
     discrete = False
@@ -27,18 +24,24 @@ class ActionHead(nn.Module):
     def errors(
         self, features: Tensor, actions: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the error of each element, float32 [B, T, E], and further measures by name.
+
+        The mean of the errors over the valid steps is the loss. Measures are float32 [B, T, .]:
+        `l1` [B, T, A] is the absolute error of the chunk to act with, if it is cheap to compute.
+        All are exactly 0 where `mask` [B, T] is False.
+        """
         raise NotImplementedError
 
 
 def perceptron(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:
-    """One hidden layer."""
+    """Return an MLP with one hidden layer."""
     return nn.Sequential(
         nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, out)
     )
 
 
-class AtOnceHead(ActionHead):
-    """All numbers of a chunk from one perceptron."""
+class PerceptronHead(ActionHead):
+    """A head that computes all numbers of a chunk with one MLP."""
 
     def __init__(
         self, width: int, horizon: int, action_dim: int, hidden: int = 256, dropout: float = 0.0
@@ -48,70 +51,71 @@ class AtOnceHead(ActionHead):
         self.layers = perceptron(width, hidden, horizon * action_dim, dropout)
 
 
-class ChunkHead(AtOnceHead):
-    """All `horizon` actions of a chunk at once, trained by L1."""
+class ChunkHead(PerceptronHead):
+    """Regression of all `horizon` actions of a chunk, trained by the L1 error."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [B, width]; returns [B, T, A]."""
+        """Return actions [B, T, A] for features [B, width]."""
         actions: Tensor = self.layers(features)
         return actions.view(-1, *self.shape)
 
     def errors(
         self, features: Tensor, actions: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The error is the distance itself."""
+        """Return the absolute errors, which are also the measure `l1`."""
         errors = _distances(self(features), actions, mask)
         return errors, {"l1": errors}
 
 
-class CategoricalHead(AtOnceHead):
-    """How likely each of `action_dim` discrete actions is, for every step of a chunk by itself.
+class CategoricalHead(PerceptronHead):
+    """The probability of each of `action_dim` discrete actions, for each step independently.
 
-    Trained by the cross-entropy, in nats. What it acts with are probabilities; whoever executes
-    them chooses.
+    It is trained by the cross-entropy, in nats. It returns probabilities; the caller chooses an
+    action.
     """
 
     discrete = True
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [B, width]; returns probabilities [B, T, A], float32."""
-        return self._scores(features).softmax(dim=-1)
+        """Return probabilities, float32 [B, T, A], for features [B, width]."""
+        return self._logits(features).softmax(dim=-1)
 
     def errors(
         self, features: Tensor, actions: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropies [B, T, 1], and `accuracy`: 1 where the most likely action is the true one.
+        """Return cross-entropies [B, T, 1] and the measures `accuracy` and `l1`.
 
-        `l1` is the distance of the probabilities from a 1 among zeros: times A / 2, how likely
-        another action would be drawn than the true one.
+        `accuracy` is 1 where the most probable action is the demonstrated one. `l1` is the
+        distance of the probabilities from the one-hot vector: its mean over A actions, times A / 2,
+        is the probability of drawing another action than the demonstrated one.
         """
-        scores = self._scores(features)
-        taken = actions.masked_fill(~mask[..., None], 0.0).argmax(dim=-1)
+        logits = self._logits(features)
+        demonstrated = actions.masked_fill(~mask[..., None], 0.0).argmax(dim=-1)
         errors = nn.functional.cross_entropy(
-            scores.flatten(0, 1), taken.flatten(), reduction="none"
+            logits.flatten(0, 1), demonstrated.flatten(), reduction="none"
         )
-        right = (scores.argmax(dim=-1) == taken) & mask
-        return errors.view_as(taken).masked_fill(~mask, 0.0)[..., None], {
-            "accuracy": right.float()[..., None],
-            "l1": _distances(scores.softmax(dim=-1), actions, mask),
+        correct = (logits.argmax(dim=-1) == demonstrated) & mask
+        return errors.view_as(demonstrated).masked_fill(~mask, 0.0)[..., None], {
+            "accuracy": correct.float()[..., None],
+            "l1": _distances(logits.softmax(dim=-1), actions, mask),
         }
 
-    def _scores(self, features: Tensor) -> Tensor:
-        scores: Tensor = self.layers(features)
-        return scores.float().view(-1, *self.shape)
+    def _logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.layers(features)
+        return logits.float().view(-1, *self.shape)
 
 
 class FlowMatchingHead(ActionHead):
-    """The velocity that carries noise to a chunk of actions (Lipman et al. 2023).
+    """Flow matching: a learned velocity turns noise into a chunk of actions (Lipman et al. 2023).
 
-    Between noise at time 1 and actions at time 0 lie straight lines, `t * noise + (1 - t) *
-    actions`, whose velocity is `noise - actions`. The network is asked for it at a random place
-    of a random line, with t from Beta(1.5, 1): mostly near the noise, as in pi0 (Black et al.
-    2024). To act, `steps` Euler steps go from noise to actions. The noise is a constant of the
-    module, drawn by a generator of its own from `seed`: acting is deterministic, and a sample's
-    actions do not depend on what else is in the batch.
+    Straight lines `t * noise + (1 - t) * actions` connect noise at time 1 with actions at time 0;
+    their velocity is `noise - actions`. The network learns to predict the velocity at a random
+    point of such a line, with t from Beta(1.5, 1), so mostly near the noise, as in pi0 (Black et
+    al. 2024). To act, `steps` Euler steps lead from noise to actions. That noise is a constant of
+    the module, drawn once by a separate generator with `seed`, so acting is deterministic and a
+    sample's actions do not depend on the rest of the batch.
 
-    Each action of the chunk is a token of a transformer of `depth` blocks. Tokens past an
+    Each action of the chunk is a token of a transformer with `depth` blocks. Tokens past an
     episode's end are not attended to.
     """
 
@@ -140,15 +144,15 @@ class FlowMatchingHead(ActionHead):
         self.blocks = nn.ModuleList(Block(hidden, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, action_dim)
-        own = torch.Generator().manual_seed(seed)
-        noise = torch.randn(horizon, action_dim, generator=own)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(horizon, action_dim, generator=generator)
         self.register_buffer("noise", noise, persistent=False)
-        # Periods from 2 pi down to a hundredth of that: steps of 1/50 are told apart with ease.
+        # Periods from 2 pi down to a hundredth of it, enough to distinguish times 1/50 apart.
         scales = torch.exp(torch.linspace(0.0, math.log(100.0), hidden // 2))
         self.register_buffer("frequencies", scales, persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """features [B, width]; returns [B, T, A] after `steps` Euler steps."""
+        """Return actions [B, T, A] for features [B, width], after `steps` Euler steps."""
         chunk = self.noise.expand(len(features), -1, -1)
         for step in range(self.steps, 0, -1):
             time = torch.full((len(features), 1), step / self.steps, device=features.device)
@@ -158,16 +162,17 @@ class FlowMatchingHead(ActionHead):
     def errors(
         self, features: Tensor, actions: Tensor, mask: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The square of the velocity's error; `l1` in eval mode alone, as it takes steps.
+        """Return the squared errors of the velocity, and in eval mode the measure `l1`.
 
-        Time and noise come from torch's global generator.
+        `l1` needs the Euler steps, so it is not computed in training. Time and noise come from
+        torch's global generator.
         """
         actions = actions.float().masked_fill(~mask[..., None], 0.0)
         noise = torch.randn_like(actions)
-        # The inverse of Beta(1.5, 1)'s distribution function, t ** 1.5.
+        # Inverse transform sampling: the distribution function of Beta(1.5, 1) is t ** 1.5.
         time = torch.rand(len(actions), 1, device=actions.device) ** (1 / 1.5)
-        between = time[..., None] * noise + (1 - time[..., None]) * actions
-        velocity = self._velocity(between, time, features, mask)
+        points = time[..., None] * noise + (1 - time[..., None]) * actions
+        velocity = self._velocity(points, time, features, mask)
         errors = (velocity - (noise - actions)).masked_fill(~mask[..., None], 0.0).square()
         if self.training:
             return errors, {}
@@ -176,12 +181,12 @@ class FlowMatchingHead(ActionHead):
     def _velocity(
         self, chunk: Tensor, time: Tensor, features: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """float32 [B, T, A] for `chunk` [B, T, A] at `time` [B, 1]."""
+        """Return the velocity, float32 [B, T, A], of `chunk` [B, T, A] at `time` [B, 1]."""
         angles = time * self.frequencies
-        moment = torch.cat([angles.sin(), angles.cos()], dim=1)
-        condition = self.condition(torch.cat([features.float(), moment], dim=1))
+        time_embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+        condition = self.condition(torch.cat([features.float(), time_embedding], dim=1))
         tokens = self.action(chunk) + self.position_embedding + condition[:, None]
-        # A chunk without a valid action attends to all: a softmax over nothing would be NaN.
+        # A chunk without a valid action attends to all tokens: a softmax over none would be NaN.
         valid = None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
         for block in self.blocks:
             tokens = block(tokens, valid)
@@ -190,7 +195,7 @@ class FlowMatchingHead(ActionHead):
 
 
 def _distances(predicted: Tensor, actions: Tensor, mask: Tensor) -> Tensor:
-    """[B, T, A] absolute errors in float32, exactly 0 where `mask` [B, T] is False."""
+    """Return absolute errors, float32 [B, T, A], exactly 0 where `mask` [B, T] is False."""
     errors = predicted.float() - actions.float()
-    # Before the absolute value, so that whatever stands in the padding has no gradient either.
+    # Masked before the absolute value, so that the padding has no gradient either.
     return errors.masked_fill(~mask[..., None], 0.0).abs()

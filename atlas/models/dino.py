@@ -1,4 +1,4 @@
-"""DINOv2 with registers as the policy's vision, each view by itself."""
+"""DINOv2 with registers as the policy's vision; each view is encoded independently."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ KEY = "model.vision"
 
 
 class Dino(VisionEncoder):
-    """Images to features of DINOv2's patches (Oquab et al. 2023; Darcet et al. 2024).
+    """From images to features of DINOv2's patches (Oquab et al. 2023; Darcet et al. 2024).
 
-    path: a folder or a name on the Hugging Face hub. None: random weights of the sizes in
-    `config` (fields of transformers' `Dinov2WithRegistersConfig`). layers: whose outputs, each
-    through the model's last norm, are put side by side; what lies behind the last of them is left
-    out. grid: [rows, columns] that patches are averaged to; None keeps all. dtype: of the weights;
-    None is float32. checkpoint_activations: less memory for a backward pass, a third more time.
+    path: a folder or a name on the Hugging Face hub. None: random weights with the sizes in
+    `config` (fields of transformers' `Dinov2WithRegistersConfig`). layers: the layers whose
+    outputs are concatenated, each after the model's final norm; layers after the last of them are
+    removed. grid: [rows, columns] that patches are averaged to; None keeps all. dtype: of the
+    weights; None is float32. checkpoint_activations: a backward pass needs less memory and a third
+    more time.
     """
 
     mean: Tensor
@@ -47,7 +48,8 @@ class Dino(VisionEncoder):
         settings = self.model.config
         self.layers = pretrained.choose_layers(layers, settings.num_hidden_layers, f"{KEY}.layers")
         self.model.encoder.layer = self.model.encoder.layer[: max(self.layers) + 1]
-        # The loss never sees it; with gradients on, ranks would have to look for what is unused.
+        # The loss does not depend on it. If it needed a gradient, DDP would have to search for
+        # unused parameters in every step.
         self.model.embeddings.mask_token.requires_grad_(False)
         if checkpoint_activations:
             pretrained.checkpoint_activations(self.model)
@@ -62,10 +64,10 @@ class Dino(VisionEncoder):
         name = "Dinov2WithRegistersModel"
         if path is not None:
             return pretrained.read_model(name, path, f"{KEY}.path", self.dtype, {})
-        if pretrained.weights_wanted():  # else whoever loads all weights anyway
+        if pretrained.weights_wanted():  # otherwise the caller loads all weights afterwards
             log.warning(
-                "%s.path is null: DINOv2 starts from random weights; for the pretrained ones set "
-                "%s.path=facebook/dinov2-with-registers-small, or a folder with them",
+                "%s.path is null: DINOv2 starts from random weights; for pretrained weights set "
+                "%s.path=facebook/dinov2-with-registers-small, or a folder that holds them",
                 KEY,
                 KEY,
             )
@@ -74,19 +76,19 @@ class Dino(VisionEncoder):
         return getattr(library, name)(sizes).to(self.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: uint8 [..., 3, H, W]; returns float32 [..., P, width]."""
+        """Return float32 features [..., P, width] of uint8 images [..., 3, H, W]."""
         pixels = (scaled(images.flatten(0, -4), self.image_size) - self.mean) / self.std
         with pretrained.precision(self, self.dtype, images.device):
-            seen = self.model(pixel_values=pixels.to(self.dtype), output_hidden_states=True)
-            # The first hidden state is the patches' embedding, before any layer.
-            chosen = [self.model.layernorm(seen.hidden_states[n + 1]) for n in self.layers]
+            output = self.model(pixel_values=pixels.to(self.dtype), output_hidden_states=True)
+            # The first hidden state is the embedding of the patches, before the first layer.
+            chosen = [self.model.layernorm(output.hidden_states[n + 1]) for n in self.layers]
         leading = 1 + self.model.config.num_register_tokens
         patches = torch.cat(chosen, dim=-1)[:, leading:]
         features: Tensor = self.pool(patches).unflatten(0, images.shape[:-3])
         return features
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the weights do not tell."""
+        """Return what determines the features besides the weights; see `VisionEncoder`."""
         settings = self.model.config
         names = ("num_attention_heads", "num_register_tokens", "patch_size", "hidden_act")
         return {

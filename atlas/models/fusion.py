@@ -1,4 +1,4 @@
-"""What is seen, what is asked for and where the robot is, in one vector."""
+"""Fusion: vision, language and the robot's state in one vector."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 class LanguageQueriedSoftmax(nn.Module):
-    """Language asks each camera where to look; the answers and the state go through a perceptron.
+    """Attention from the instruction to the patches of each camera, then an MLP.
 
-    Each of `points` queries made from the instruction is compared with every patch. The softmax
-    over a camera's patches gives an expected place in the image (a spatial softmax, Levine et al.
-    2016) and a mean of the patches' values there.
+    The instruction gives `points` queries, which are compared with every patch. The softmax over a
+    camera's patches gives an expected position in the image (a spatial softmax, Levine et al. 2016)
+    and a mean of the patches' values. These, the language and the state are the input of the MLP.
     """
 
     places: Tensor  # [P, 2]
@@ -40,9 +40,9 @@ class LanguageQueriedSoftmax(nn.Module):
         self.sizes = (key_width, value_width)
         self.camera_embedding = nn.Parameter(torch.randn(cameras, 1, key_width) * 0.02)
         self.register_buffer("places", _places(grid), persistent=False)
-        seen = cameras * points * (2 + value_width)
+        attended = cameras * points * (2 + value_width)
         self.mix = nn.Sequential(
-            nn.Linear(seen + language_width + state_width, width),
+            nn.Linear(attended + language_width + state_width, width),
             nn.GELU(),
             nn.Dropout(dropout),
             nn.Linear(width, width),
@@ -51,20 +51,20 @@ class LanguageQueriedSoftmax(nn.Module):
         )
 
     def forward(self, patches: Tensor, language: Tensor, state: Tensor) -> Tensor:
-        """patches [B, V, P, .], language [B, .], state [B, .]; returns [B, width]."""
+        """Return [B, width] for patches [B, V, P, .], language [B, .] and state [B, .]."""
         keys, values = self.patch(patches).split(self.sizes, dim=-1)
         keys = keys + self.camera_embedding
         query = self.query(language).view(len(language), 1, self.points, -1)
         scores = query @ keys.transpose(-1, -2) * self.sizes[0] ** -0.5
-        look = scores.softmax(dim=-1)  # [B, V, points, P]
-        seen = look @ torch.cat(
+        weights = scores.softmax(dim=-1)  # [B, V, points, P]
+        attended = weights @ torch.cat(
             [self.places.to(values.dtype).expand(*values.shape[:2], -1, -1), values], dim=-1
         )
-        mixed: Tensor = self.mix(torch.cat([seen.flatten(1), language, state], dim=-1))
+        mixed: Tensor = self.mix(torch.cat([attended.flatten(1), language, state], dim=-1))
         return mixed
 
 
 def _places(grid: tuple[int, int]) -> Tensor:
-    """[P, 2] the patches' centres, row by row, from -1 to 1 across the image."""
+    """Return the centres of the patches, row by row, [P, 2]; the image spans -1 to 1."""
     rows, columns = (torch.arange(n) * 2.0 / n + 1.0 / n - 1.0 for n in grid)
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Instructions to vectors: a small transformer over a vocabulary of words."""
+"""A language encoder trained from scratch: a small transformer over a vocabulary of words."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PAD, UNKNOWN, START = "<pad>", "<unk>", "<start>"
 
 
 class WordEncoder(nn.Module):
-    """A vector for each instruction, read off at a start token, which an empty one has too.
+    """A vector for each instruction: the output at a start token, which precedes every text.
 
-    vocabulary: words that get an embedding of their own; any other word is `<unk>`.
-    length: tokens of the longest instruction, the start token included; what is longer loses its
-    end. Batches are padded to a multiple of 8 tokens, so that their shapes are few.
+    vocabulary: words with an embedding; any other word is `<unk>`.
+    length: maximal number of tokens, the start token included; longer instructions are truncated.
+    Batches are padded to a multiple of 8 tokens, so that there are few different shapes.
     """
 
-    untraced = ("tokenize",)  # Python on text: nothing to compile in it
+    untraced = ("tokenize",)  # Python code on text, which cannot be compiled
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class WordEncoder(nn.Module):
         self._known: dict[str, list[int]] = {}
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """[B, L] int64 on the module's device: a start token, the words, padding."""
+        """Return start token, words and padding of B texts, int64 [B, L] on the module's device."""
         rows = [self._known.get(text) or self._row(text) for text in texts]
         longest = min(-(-max(map(len, rows)) // 8) * 8, self.length)
         rows = [row + [self.ids[PAD]] * (longest - len(row)) for row in rows]
-        # Not waited for: the copy of a few integers must not hold up the host.
+        # Non-blocking: the host must not wait for the copy of a few integers.
         return torch.tensor(rows).to(self.embed.weight.device, non_blocking=True)
 
     def _row(self, text: str) -> list[int]:
@@ -57,7 +57,7 @@ class WordEncoder(nn.Module):
         return row
 
     def forward(self, texts: list[str]) -> Tensor:
-        """[B, width], one vector for each of the B instructions."""
+        """Return one vector for each of B instructions, [B, width]."""
         ids = self.tokenize(texts)
         tokens = self.embed(ids) + self.positions.weight[: ids.shape[1]]
         valid = ids != self.ids[PAD]

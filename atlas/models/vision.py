@@ -1,4 +1,4 @@
-"""Vision encoders: what they offer, and a small vision transformer with register tokens."""
+"""Vision encoders: their base class, and a small vision transformer with register tokens."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from atlas.models.layers.transformer import Block
 
 
 class VisionEncoder(nn.Module):
-    """Views of a scene to a feature for each of their patches.
+    """Base of the vision encoders: from views of a scene to a feature for each patch.
 
     `forward` takes uint8 images [B, V, 3, H, W] and returns [B, V, P, width], the patches row by
-    row. `grid`: rows and columns of a view's patches, P = rows x columns.
+    row. `grid`: rows and columns of a view's patches, P = rows x columns. See
+    `atlas.models.protocol.Vision` and `Encodes`.
     """
 
     grid: tuple[int, int]
     width: int
 
     def encode(self, images: Tensor) -> Tensor:
-        """`forward` by another name: what a cache of features calls."""
+        """Return the same as `forward`; the feature cache calls this method."""
         features: Tensor = self(images)
         return features
 
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values that, beside the weights, determine what `encode` returns.
+        """Return plain values that, together with the weights, determine what `encode` returns.
 
-        `views` tells whether a view's features depend on the other views and on their order.
+        `views` says whether a view's features depend on the other views and on their order.
         """
         raise NotImplementedError
 
 
 class VisionTransformer(VisionEncoder):
-    """Images to a feature for each patch, each image by itself.
+    """A vision transformer: a feature for each patch; each image is encoded independently.
 
-    image_size: [H, W] of the data set's images. resize: [H, W] that images of any size are
-    brought to; None leaves them as they are. What results must be divisible by `patch`.
-    Register tokens (Darcet et al. 2024) take part in attention and are then dropped: they give
-    it a place for what belongs to no patch.
+    image_size: [H, W] of the data set's images. resize: [H, W] that all images are resized to;
+    None is `image_size`. Both sides must be divisible by `patch`.
+    Register tokens (Darcet et al. 2024) take part in attention and are then dropped: they store
+    information that belongs to no patch.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class VisionTransformer(VisionEncoder):
         if rows % patch or columns % patch:
             raise ConfigError(
                 f"model.vision.patch={patch} does not divide images of {rows}x{columns} pixels; "
-                "choose a divisor, or set model.vision.resize to a multiple of it"
+                "set a divisor, or set model.vision.resize to multiples of it"
             )
         self.image_size, self.width = (rows, columns), width
         self.grid = (rows // patch, columns // patch)
@@ -74,7 +75,7 @@ class VisionTransformer(VisionEncoder):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: uint8 [..., 3, H, W]; returns [..., patches, width]."""
+        """Return features [..., P, width] of uint8 images [..., 3, H, W]."""
         pixels = images.flatten(0, -4).to(self.position_embedding.dtype) / 127.5 - 1.0
         if pixels.shape[-2:] != self.image_size:
             pixels = F.interpolate(pixels, self.image_size, mode="bilinear", antialias=True)
@@ -87,7 +88,7 @@ class VisionTransformer(VisionEncoder):
         return features.unflatten(0, images.shape[:-3])
 
     def fingerprint(self) -> dict[str, Any]:
-        """The weights' shapes tell the rest."""
+        """Return what the shapes of the weights do not determine."""
         return {
             "encoder": "VisionTransformer",
             "image_size": list(self.image_size),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from atlas.config.schema import Settings
 from atlas.data import baselines
-from atlas.data.baselines import Block, Errors, Hits
+from atlas.data.baselines import Errors, Hits, Vectors
 from atlas.data.protocol import (
     HasBaselines,
     HasEpisodes,
@@ -220,7 +220,7 @@ def _accuracy(settings: Settings, train: Any, val: Any, hits: Hits) -> dict[str,
     }
 
 
-def blocks(settings: Settings, data: Any) -> Iterator[Block]:
+def blocks(settings: Settings, data: Any) -> Iterator[Vectors]:
     """State, actions and mask of all samples, without images where the data set can do so."""
     if offers(data, ReadsBlocks):
         yield from data.blocks()

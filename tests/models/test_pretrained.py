@@ -381,7 +381,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     (folder / "aggregator.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     kept = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == "vggt"}
-    yield pretrained.need("vggt.models.aggregator", "test", INSTALL)
+    yield pretrained.require("vggt.models.aggregator", "test", INSTALL)
     for name in [n for n in sys.modules if n.split(".")[0] == "vggt"]:
         del sys.modules[name]
     sys.modules.update(kept)
@@ -535,7 +535,7 @@ def test_what_a_package_needs_itself_is_named(
     (tmp_path / "lonely.py").write_text("import einsteinium_ops")
     monkeypatch.syspath_prepend(str(tmp_path))
     with named("lonely", "einsteinium_ops", "pip install einsteinium_ops"):
-        pretrained.need("lonely", "test", "pip install lonely")
+        pretrained.require("lonely", "test", "pip install lonely")
 
 
 @pytest.fixture(scope="module")

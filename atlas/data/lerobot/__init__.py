@@ -1,4 +1,4 @@
-"""Recordings in LeRobot's formats v2.1 and v3.0 as a data set."""
+"""A data set of recordings in LeRobot's formats v2.1 and v3.0."""
 
 from atlas.data.lerobot.dataset import LeRobot
 

@@ -1,4 +1,4 @@
-"""What can be told of a recorded file without reading it: that it is not there, or not whole."""
+"""Damage that a few bytes of a recorded file show: the file is missing, empty or truncated."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-ABSENT = "is not there"
-CUT = "is cut short"
-POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of a file
+MISSING = "is missing"
+TRUNCATED = "is truncated"
+POINTER = b"version https://git-lfs"  # start of the placeholder that a clone without git-lfs has
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a parquet or mp4 file, as the end of a sentence; None if nothing is seen.
+def find_damage(path: Path) -> str | None:
+    """Return what is wrong with a parquet or mp4 file ("is empty"), None if nothing is found.
 
-    A few bytes are read: a file cut short is found, one with wrong bytes in its middle is not.
+    Only a few bytes are read, so wrong bytes in the middle of a file are not found.
     """
     try:
         found = path.stat()
     except OSError:
-        return ABSENT
+        return MISSING
     if not stat.S_ISREG(found.st_mode):
-        return ABSENT
-    return _damage(path, found.st_size, found.st_mtime_ns)
+        return MISSING
+    return _find_damage(path, found.st_size, found.st_mtime_ns)
 
 
-@cache  # both splits ask for every file, and many episodes can be in one
-def _damage(path: Path, size: int, changed: int) -> str | None:
+@cache  # both splits ask for every file, and several episodes can share a file
+def _find_damage(path: Path, size: int, changed: int) -> str | None:
     if not size:
         return "is empty"
-    check = {".parquet": _parquet, ".mp4": _mp4}.get(path.suffix)
+    check = {".parquet": _check_parquet, ".mp4": _check_mp4}.get(path.suffix)
     try:
         with open(path, "rb") as file:
             if file.read(len(POINTER)) == POINTER:
@@ -40,36 +40,37 @@ def _damage(path: Path, size: int, changed: int) -> str | None:
         return f"cannot be read ({error.strerror})"
 
 
-def _parquet(file: BinaryIO, path: Path, size: int) -> str | None:
-    """The table of contents is the end of the file, and after it stands a word."""
+def _check_parquet(file: BinaryIO, path: Path, size: int) -> str | None:
     import pyarrow
     import pyarrow.parquet
 
+    # A parquet file ends with its table of contents and one of these two words.
     file.seek(max(size - 4, 0))
     if file.read(4) not in (b"PAR1", b"PARE"):
-        return CUT
+        return TRUNCATED
     try:
         return None if pyarrow.parquet.read_metadata(path).num_rows else "has no rows"
     except (pyarrow.ArrowException, OSError):
-        return None  # damaged in another way: reading it says in which
+        return None  # other damage: the error of reading the file describes it better
 
 
-def _mp4(file: BinaryIO, path: Path, size: int) -> str | None:
-    """A file is boxes, each with its length and kind ahead; frames are in one, an index in one."""
-    place, kinds = 0, set()
-    while place + 8 <= size:
-        file.seek(place)
+def _check_mp4(file: BinaryIO, path: Path, size: int) -> str | None:
+    # An mp4 file is a sequence of boxes. Each starts with its length and kind; the frames are in
+    # the box "mdat", their index in "moov".
+    position, kinds = 0, set()
+    while position + 8 <= size:
+        file.seek(position)
         head = file.read(16)
         length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-        if place == 0 and kind != b"ftyp":
-            return None  # something else by the name of mp4: decoding it says what
-        if length == 1:  # does not fit into four bytes
+        if position == 0 and kind != b"ftyp":
+            return None  # not an mp4 file at all: the error of decoding it describes it better
+        if length == 1:  # the length does not fit into four bytes
             length = int.from_bytes(head[8:16], "big")
-        elif length == 0:  # up to the end of the file
-            length = size - place
+        elif length == 0:  # the box reaches to the end of the file
+            length = size - position
         if length < 8:
             break
         kinds.add(kind)
-        place += length
-    whole = place <= size and {b"moov", b"mdat"} <= kinds
-    return None if whole else CUT
+        position += length
+    complete = position <= size and {b"moov", b"mdat"} <= kinds
+    return None if complete else TRUNCATED

@@ -1,7 +1,7 @@
-"""A folder of robot recordings: the episodes that its meta files name, and their rows.
+"""A folder of robot recordings: its episodes and their rows.
 
-How a format lays a folder out is `formats`' business; here an episode is rows of a table and, for
-each camera, a stretch of a video with a frame for each row.
+An episode is rows of a table and, for each camera, a section of a video with a frame for each row.
+The module `formats` knows where a format stores them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from atlas.errors import ConfigError
 
 @dataclass(frozen=True)
 class Table:
-    """An episode's rows: state [F, S], action [F, A] or None, both float32, and task [F].
+    """The F rows of an episode: state [F, S], action [F, A] or None, both float32, and task [F].
 
-    `first`: the row of the file that is its first, from 0.
+    `first`: the number of its first row in the file, from 0.
     """
 
     state: np.ndarray
@@ -30,17 +30,17 @@ class Table:
 
     @property
     def has_commands(self) -> bool:
-        """Whether the actions are something else than the states of their rows."""
+        """Whether the actions differ from the states of their rows."""
         if self.action is None:
             return False
-        # Of rows that are finite, since NaN equals nothing.
-        good = finite(self.action) & finite(self.state)
+        # Only rows that are finite, because NaN is not equal to itself.
+        good = finite_rows(self.action) & finite_rows(self.state)
         return not np.array_equal(self.action[good], self.state[good])
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Where an episode is in a camera's video: the file, and the second at which it begins."""
+    """The section of a camera's video that shows an episode: file and start in seconds."""
 
     path: Path
     start: float = 0.0
@@ -48,7 +48,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Episode:
-    """An episode by its files, whether they are there or not; `length` is its number of rows."""
+    """The files of an episode, which may be missing; `length` is its number of rows."""
 
     index: int
     length: int
@@ -57,37 +57,37 @@ class Episode:
     shared: bool = False  # whether the table holds other episodes too
 
     def files(self, cameras: list[str]) -> list[Path]:
-        """All that is read of it."""
+        """Return the table and the videos of `cameras`."""
         return [self.table, *(self.clips[camera].path for camera in cameras)]
 
 
 @dataclass(frozen=True)
 class Recordings:
-    """What the meta files of the folder `root` say; see `formats.open_recordings`."""
+    """The content of the meta files of the folder `root`; see `formats.open_recordings`."""
 
     root: Path
     info: dict[str, Any]
     episodes: dict[int, Episode]
     tasks: dict[int, str]
-    named_in: str  # the meta file that names the episodes, for messages
-    tasks_in: str
+    episodes_file: str  # the meta file that lists the episodes, for messages
+    tasks_file: str  # the meta file that lists the instructions, for messages
 
     @property
     def cameras(self) -> list[str]:
-        """The keys of the features that are videos."""
+        """The keys of all video features."""
         return videos(self.info)
 
     @property
     def vectors(self) -> dict[str, int]:
-        """The keys of the features that are vectors of floats, with their sizes."""
+        """The keys of all features that are vectors of floats, with their sizes."""
         return {
             key: int(value["shape"][0])
             for key, value in self.info["features"].items()
             if value.get("dtype") in ("float32", "float64") and len(value["shape"]) == 1
         }
 
-    def names(self, key: str) -> list[str]:
-        """What the entries of a vector are called, as far as the meta files say, else numbers."""
+    def entry_names(self, key: str) -> list[str]:
+        """Return the names of a vector's entries from the meta files, or numbers if missing."""
         names = self.info["features"][key].get("names")
         while isinstance(names, dict) and names:
             names = next(iter(names.values()))
@@ -98,13 +98,27 @@ class Recordings:
             return [str(number) for number in range(size)]
         return [str(name) for name in names]
 
+    def read_all(
+        self, episodes: list[int], state_key: str, action_key: str | None, *, on_bad: str = "error"
+    ) -> list[Table]:
+        """Read the rows of `episodes`; raise ConfigError with the problems of all of them."""
+        tables, problems = [], []
+        for episode in episodes:
+            try:
+                tables.append(self.read(episode, state_key, action_key, on_bad=on_bad))
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return tables
+
     def read(
         self, index: int, state_key: str, action_key: str | None, *, on_bad: str = "error"
     ) -> Table:
-        """The rows of the episode `index`.
+        """Read the rows of episode `index`.
 
-        Raises ConfigError naming the file, and the row where there is one, where it is damaged, is
-        not as the meta files say, or (unless `on_bad` is "skip") holds a value that is not finite.
+        Raises ConfigError with file and row if the file is damaged, contradicts the meta files, or
+        (unless `on_bad` is "skip") holds a value that is not finite.
         """
         episode = self.episodes[index]
         path = episode.table
@@ -114,8 +128,8 @@ class Recordings:
         if len(task) != episode.length:
             of = f" of episode {index}" if episode.shared else ""
             raise ConfigError(
-                f"{path}: has {len(task)} rows{of}, {self.named_in} says "
-                f"length={episode.length}; copy both anew"
+                f"{path}: has {len(task)} rows{of}, but {self.episodes_file} says "
+                f"length={episode.length}; copy both again"
             )
         vectors = [_vectors(path, first, key, columns[key], self.vectors[key]) for key in keys]
         problems: list[str] = []
@@ -126,41 +140,41 @@ class Recordings:
         if unknown.size:
             problems.append(
                 f"{path}, row {first + unknown[0]}: task_index={task[unknown[0]]} is not in "
-                f"{self.tasks_in}; add it"
+                f"{self.tasks_file}; add it"
             )
         if problems:
             raise ConfigError(problems)
         return Table(vectors[0], vectors[1] if action_key else None, task, first)
 
 
-def finite(vectors: np.ndarray) -> np.ndarray:
-    """Bool [F], whether all of a row [F, D] is a number, and none of it infinite."""
+def finite_rows(vectors: np.ndarray) -> np.ndarray:
+    """Return whether each row of [F, D] has neither NaN nor infinity, bool [F]."""
     return np.asarray(np.isfinite(vectors).all(axis=1))
 
 
 def videos(info: dict[str, Any]) -> list[str]:
-    """The keys of the features that are videos."""
+    """Return the keys of all video features."""
     return [key for key, value in info["features"].items() if value.get("dtype") == "video"]
 
 
 def read_columns(path: Path, keys: list[str]) -> dict[str, Any]:
-    """The columns `keys` of a parquet file, as pyarrow arrays."""
+    """Read the columns `keys` of a parquet file, as pyarrow arrays."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if absent := sorted(set(keys) - set(file.schema_arrow.names)):
-                raise ConfigError(f"{path}: has no column {', '.join(absent)}; copy it anew")
+            if missing := sorted(set(keys) - set(file.schema_arrow.names)):
+                raise ConfigError(f"{path}: has no column {', '.join(missing)}; copy it again")
             table = file.read(columns=keys)
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: cannot be read ({reason}); copy it anew") from error
+        raise ConfigError(f"{path}: cannot be read ({reason}); copy it again") from error
     return {key: table.column(key) for key in keys}
 
 
 def _rows(episode: Episode, keys: list[str]) -> tuple[int, dict[str, Any]]:
-    """The first of the episode's rows in its file, and the columns `keys` of all of them."""
+    """Return the number of the episode's first row in its file, and the columns of its rows."""
     if not episode.shared:
         return 0, read_columns(episode.table, keys)
     columns = _shared_columns(episode.table, (*keys, "episode_index"), _changed(episode.table))
@@ -168,12 +182,13 @@ def _rows(episode: Episode, keys: list[str]) -> tuple[int, dict[str, Any]]:
     first = int(of_episode[0]) if of_episode.size else 0
     if of_episode.size and of_episode[-1] - first + 1 != of_episode.size:
         raise ConfigError(
-            f"{episode.table}: the rows of episode {episode.index} are not together; copy it anew"
+            f"{episode.table}: the rows of episode {episode.index} are not contiguous; "
+            "copy it again"
         )
     return first, {key: columns[key].slice(first, of_episode.size) for key in keys}
 
 
-@lru_cache(maxsize=1)  # episodes of a file are read after each other
+@lru_cache(maxsize=1)  # the episodes of a file are read one after another
 def _shared_columns(path: Path, keys: tuple[str, ...], changed: int) -> dict[str, Any]:
     return read_columns(path, list(keys))
 
@@ -182,25 +197,25 @@ def _changed(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); copy it anew") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
 
 
 def _vectors(path: Path, first: int, key: str, column: Any, size: int) -> np.ndarray:
-    """A column of lists (or, where `size` is 1, of numbers) as float32 [rows, size]."""
-    is_list = hasattr(column.type, "value_type")
+    """Return a column of lists (or of numbers, if `size` is 1) as float32 [rows, size]."""
+    is_list = hasattr(column.type, "value_type")  # of pyarrow's kinds of lists only
     lengths = _lengths(column) if is_list else np.ones(len(column), np.int64)
     wrong = np.flatnonzero(lengths != size)
     if wrong.size:
         raise ConfigError(
-            f"{path}, row {first + wrong[0]}: {key} has {lengths[wrong[0]]} numbers, "
-            f"meta/info.json says {size} ({wrong.size} such rows); correct one of them"
+            f"{path}, row {first + wrong[0]}: {key} has {lengths[wrong[0]]} numbers, but "
+            f"meta/info.json says {size} ({wrong.size} such rows); correct one of the two files"
         )
     flat = (column.combine_chunks().flatten() if is_list else column).to_numpy(zero_copy_only=False)
     return flat.reshape(len(column), size).astype(np.float32)
 
 
 def _lengths(column: Any) -> np.ndarray:
-    """How many numbers each list of a column has; a list that is null has none."""
+    """Return how many numbers each list of a column has; a list that is null has 0."""
     import pyarrow.compute
 
     lengths = pyarrow.compute.list_value_length(column).to_numpy()
@@ -208,10 +223,10 @@ def _lengths(column: Any) -> np.ndarray:
 
 
 def _not_finite(path: Path, first: int, key: str, vectors: np.ndarray) -> list[str]:
-    bad = np.flatnonzero(~finite(vectors))
+    bad = np.flatnonzero(~finite_rows(vectors))
     if not bad.size:
         return []
     return [
-        f"{path}, row {first + bad[0]}: {key} is NaN or infinite ({bad.size} such rows); mend the "
-        "table, or leave out the samples that see such rows: data.on_bad=skip"
+        f"{path}, row {first + bad[0]}: {key} is NaN or infinite ({bad.size} such rows); repair the "
+        "table, or leave out the samples that include such rows: data.on_bad=skip"
     ]

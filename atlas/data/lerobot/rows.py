@@ -1,4 +1,4 @@
-"""The rows of episodes, put after each other, and the samples that they give."""
+"""The concatenated rows of episodes, and the samples that they contain."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from atlas.data.baselines import Block
-from atlas.data.lerobot.recordings import Table, finite
+from atlas.data.baselines import Vectors
+from atlas.data.lerobot.recordings import Table, finite_rows
 
-BLOCK = 4096  # samples at a time where all are gone through, so that memory stays small
+SAMPLES = 4096  # samples in a batch of `batches`, so that memory stays small
 
 
 class Rows:
-    """The tables of a split, and a sample for every row that has a target left in its episode.
+    """The tables of a split, with a sample for every row that has an action in its episode.
 
-    `history`: number K of states in a sample, a row apart; `ahead` [T]: how many rows after a
-    sample's own its targets are, rising.
+    `history`: number K of states in a sample, one row apart; `ahead` [T]: the offsets in rows from
+    a sample to its actions, ascending.
 
-    Rows that are not finite stay, as do the samples that see them; what statistics are made of
-    (`blocks`, `finite_states`, `velocities`) is without them.
+    Rows that are not finite are kept, as are the samples that include them; everything that
+    statistics are computed from (`batches`, `finite_states`, `velocities`) leaves them out.
     """
 
     def __init__(self, tables: Sequence[Table], history: int, ahead: np.ndarray) -> None:
@@ -33,59 +33,60 @@ class Rows:
         self.begin = np.repeat(ends - self.lengths, self.lengths)
         self.end = np.repeat(ends, self.lengths)
         rows = np.arange(ends[-1])
-        self.samples = rows[rows + ahead[0] < self.end]  # the row of each
-        self._in_file = np.array([table.first for table in tables])
+        self.samples = rows[rows + ahead[0] < self.end]  # the row of each sample
+        self._first_in_file = np.array([table.first for table in tables])
         self._past, self._ahead = np.arange(1 - history, 1), ahead
-        self._finite = finite(self.states), finite(self.targets)
+        self._finite = finite_rows(self.states), finite_rows(self.targets)
 
     def __len__(self) -> int:
-        """The number of samples."""
+        """Return the number of samples."""
         return len(self.samples)
 
-    def vectors(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """State [B, K, S], absolute targets [B, T, A] and mask [B, T] of samples at `rows`."""
-        past, future, valid = self._seen(rows)
+    def vectors(self, rows: np.ndarray) -> Vectors:
+        """Return states [B, K, S], absolute actions [B, T, A] and masks [B, T] of samples."""
+        past, future, valid = self._window(rows)
         return self.states[past], self.targets[future], valid
 
-    def blocks(self) -> Iterator[Block]:
-        """What `vectors` gives of all samples that are finite, some thousands at a time."""
-        for start in range(0, len(self), BLOCK):
-            rows = self.samples[start : start + BLOCK]
-            if (good := rows[self.good(rows)]).size:
-                yield self.vectors(good)
+    def batches(self) -> Iterator[Vectors]:
+        """Yield `vectors` of all finite samples, in batches."""
+        for start in range(0, len(self), SAMPLES):
+            rows = self.samples[start : start + SAMPLES]
+            if (finite := rows[self.are_finite(rows)]).size:
+                yield self.vectors(finite)
 
-    def good(self, rows: np.ndarray) -> np.ndarray:
-        """Bool [B], whether the samples at `rows` are finite."""
-        past, future, _ = self._seen(rows)
+    def are_finite(self, rows: np.ndarray) -> np.ndarray:
+        """Return whether the sample at each row is finite, bool [B]."""
+        past, future, _ = self._window(rows)
         states, targets = self._finite
         return np.asarray(states[past].all(axis=1) & targets[future].all(axis=1))
 
     def bad_rows(self, row: int) -> list[int]:
-        """The rows, by their number in the file, that make the sample at `row` not finite."""
-        past, future, _ = self._seen(np.array([row]))
+        """Return the rows of the sample at `row` that are not finite, by their number in the file."""
+        past, future, _ = self._window(np.array([row]))
         states, targets = self._finite
         bad = np.union1d(past[~states[past]], future[~targets[future]])
         return [self.in_file(int(b)) for b in bad]
 
     def in_file(self, row: int) -> int:
-        """The number that `row` has in the file that it is of, from 0."""
-        return int(self._in_file[self.episode[row]] + row - self.begin[row])
+        """Return the number of `row` in its file, from 0."""
+        return int(self._first_in_file[self.episode[row]] + row - self.begin[row])
 
     @property
     def finite_states(self) -> np.ndarray:
-        """[*, S], of the rows whose state is finite."""
+        """[*, S], all finite states."""
         return self.states[self._finite[0]]
 
     @property
     def velocities(self) -> np.ndarray:
-        """Each finite state less that of the row before it, of rows that have one: [*, S]."""
-        good = self._finite[0]
-        pairs = (self.begin[1:] == self.begin[:-1]) & good[1:] & good[:-1]
+        """[*, S], each finite state minus the finite state of the row before it."""
+        finite = self._finite[0]
+        pairs = (self.begin[1:] == self.begin[:-1]) & finite[1:] & finite[:-1]
         return np.diff(self.states, axis=0)[pairs]
 
-    def _seen(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The rows of a sample's states [B, K] and targets [B, T], and which of these are valid."""
+    def _window(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the rows of the samples' states [B, K] and actions [B, T], and their mask [B, T]."""
         past = np.maximum(rows[:, None] + self._past, self.begin[rows, None])
         future, end = rows[:, None] + self._ahead, self.end[rows, None]
-        # Past the end the last target again: any finite value would do, the mask leaves it out.
+        # Past the episode's end, the last action is repeated. The mask excludes it, so its value
+        # does not matter as long as it is finite.
         return past, np.minimum(future, end - 1), future < end

@@ -1,7 +1,7 @@
-"""Video frames, decoded once and kept on disk: whole episodes, resized, one file each.
+"""Video frames, decoded once and kept on disk: one file for each episode and camera, resized.
 
-A random frame of a compressed video costs several milliseconds, a row of a file that the kernel
-has in memory a few microseconds; and the file is shared by workers, ranks, runs and sweeps.
+To decode a random frame of a compressed video takes several milliseconds, to read it from a file
+that the kernel has in memory a few microseconds. Workers, ranks, runs and sweeps share the files.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from atlas.system.files import claimed, digest_of_json
 logger = logging.getLogger("atlas")
 
 PIXEL = np.dtype(np.uint8)
-LOG_EVERY = 10.0  # seconds between two lines about a long decode
-REMEDY = "copy it anew, or delete it and set data.on_missing=skip, which leaves out what needs it"
+LOG_EVERY = 10.0  # seconds between two lines about decoding
+REMEDY = "copy it again, or delete it and set data.on_missing=skip, which leaves its episodes out"
 
 
 class VideoError(Exception):
-    """A video cannot be used; the message names it."""
+    """A video cannot be used; the message starts with its path."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """A stretch of a video file: `frames` from the second `start` on, at `fps` in 1/s."""
+    """A section of a video file: `frames` frames from second `start`, at `fps` frames/s."""
 
     path: Path
-    frames: int  # as many as its table has rows
+    frames: int  # the number of rows of its table
     fps: float
     start: float = 0.0
 
     def decode(self, height: int, width: int) -> Iterator[np.ndarray]:
-        """Its frames in order, each uint8 [3, height, width].
+        """Yield the frames in order, each uint8 [3, height, width].
 
-        Raises VideoError, with the second where there is one, where it cannot be decoded, lacks
-        frames or runs at another rate.
+        Raises VideoError, with the second if known, if the video cannot be decoded, has too few
+        frames or another frame rate.
         """
         import av
 
@@ -54,21 +54,21 @@ class Video:
                 stream = container.streams.video[0]
                 self._check_rate(stream.average_rate)
                 stream.thread_type = "AUTO"
-                frames = self._whole(self._from_start(container, stream))
+                frames = self._check_frames(self._from_start(container, stream))
                 at = f" from about {self.start:g} s on"
                 for frame in islice(frames, self.frames):
-                    # AREA averages the pixels that fall together; the others would alias.
+                    # AREA averages all pixels that become one; the other filters would alias.
                     small = frame.reformat(width, height, format="rgb24", interpolation="AREA")
                     yield small.to_ndarray().transpose(2, 0, 1)
                     count += 1
-                    # Packets are decoded ahead of the frames, so the damage is there or soon after.
+                    # Packets are decoded ahead of the frames, so the damage is at or after this.
                     at = f" from about {self.start + count / self.fps:g} s on"
         except (av.FFmpegError, IndexError) as error:
             raise VideoError(f"{self.path}: cannot be decoded{at} ({error}); {REMEDY}") from error
         if count < self.frames:
             raise VideoError(
-                f"{self.path}: has {count} frames{self._where}, its table {self.frames} rows; "
-                "copy both anew"
+                f"{self.path}: has {count} frames{self._where}, but its table {self.frames} rows; "
+                "copy both again"
             )
 
     @property
@@ -76,45 +76,48 @@ class Video:
         return f" from {self.start:g} s on" if self.start else ""
 
     def _from_start(self, container: Any, stream: Any) -> Iterator[Any]:
-        """The decoded frames from `start` on; from the key frame before it, not from the first."""
+        """Yield the decoded frames from `start`; decoding begins at the key frame before it."""
         if not self.start:
             yield from container.decode(stream)
             return
         container.seek(int(self.start / stream.time_base), stream=stream)
-        first = self.start - 0.5 / self.fps  # times are rounded to the file's time base
+        first = self.start - 0.5 / self.fps  # times in the file are rounded to its time base
         for frame in container.decode(stream):
             if frame.time is None:
                 raise VideoError(
-                    f"{self.path}: its frames have no times, by which an episode in it is found; "
-                    "encode it anew"
+                    f"{self.path}: its frames have no times, which are needed to find an episode; "
+                    "encode it again"
                 )
             if frame.time >= first:
                 yield frame
 
-    def _whole(self, frames: Iterator[Any]) -> Iterator[Any]:
-        """The frames as they come; what a decoder conceals or leaves out is an error here."""
-        # Where an episode begins in a file is known, and that a file begins at 0 is not.
+    def _check_frames(self, frames: Iterator[Any]) -> Iterator[Any]:
+        """Yield the frames; raise VideoError for a damaged or missing frame.
+
+        Decoders conceal damage and leave frames out without an error.
+        """
+        # An episode's start inside a file is exact; the first frame of a file need not be at 0.
         before = self.start - 1 / self.fps if self.start else None
         for frame in frames:
             if frame.is_corrupt:
                 at = "" if frame.time is None else f" at {frame.time:g} s"
                 raise VideoError(f"{self.path}: the frame{at} is damaged; {REMEDY}")
-            # Row i is taken to be frame i, so after a gap every frame would be another row's.
+            # Frame i belongs to row i, so after a gap all frames would belong to wrong rows.
             gap = 0.0 if None in (before, frame.time) else frame.time - before
             if gap > 1.5 / self.fps:
                 raise VideoError(
                     f"{self.path}: has no frame between {before:g} and {frame.time:g} s; encode "
-                    "it anew with a frame for every row of its table"
+                    "it again with a frame for every row of its table"
                 )
             before = frame.time
             yield frame
 
     def _check_rate(self, rate: object) -> None:
-        # Row i is taken to be frame i, which another rate would break without a sign of it.
+        # Frame i belongs to row i, and with another rate that would be wrong without any error.
         if rate is not None and abs(float(rate) / self.fps - 1) > 0.01:  # type: ignore[arg-type]
             raise VideoError(
-                f"{self.path}: runs at {float(rate):g} frames/s, meta/info.json says "  # type: ignore[arg-type]
-                f"fps={self.fps:g}; encode it with a frame for every row of its table"
+                f"{self.path}: has {float(rate):g} frames/s, but meta/info.json says "  # type: ignore[arg-type]
+                f"fps={self.fps:g}; encode it again with a frame for every row of its table"
             )
 
 
@@ -122,8 +125,9 @@ class Video:
 class FrameCache:
     """The frames of videos as files of uint8 [frames, 3, height, width] in `directory`.
 
-    A file is named by the video's path, size, time of change and stretch and by the image size, so
-    what is found under that name is right or incomplete, and what is incomplete is made again.
+    A file's name is a digest of the video's path, size, modification time and section, and of the
+    image size. So a file of that name is correct or incomplete, and an incomplete one is written
+    again.
     """
 
     directory: Path
@@ -131,22 +135,22 @@ class FrameCache:
     width: int
 
     def file(self, video: Video) -> Path:
-        """Where the frames of `video` are, or will be."""
+        """Return the file of the frames of `video`, whether it exists or not."""
         stat = video.path.stat()
         path = str(video.path.resolve())
         key: list[Any] = [path, stat.st_size, stat.st_mtime_ns, self.height, self.width]
-        if video.start:  # a file of many episodes; else the name is what it always was
+        if video.start:  # only then, so that the names of existing files stay valid
             key += [video.start, video.frames]
         return self.directory / f"{video.path.stem}-{digest_of_json(key)[:16]}.npy"
 
     def ready(self, video: Video) -> bool:
-        """Whether all frames of `video` are there; a file cut short is not ready."""
+        """Return whether all frames of `video` are on disk; a truncated file is not ready."""
         return is_ready(self.file(video), self._shape(video), PIXEL)
 
     def fill(self, videos: Sequence[Video]) -> None:
-        """Decode what is not ready yet; any number of processes may do so at once.
+        """Decode the videos that are not ready yet; several processes can do so at the same time.
 
-        Raises ConfigError naming every video that cannot be used.
+        Raises ConfigError that names every video that cannot be used.
         """
         todo = [video for video in videos if not self.ready(video)]
         if not todo:
@@ -154,7 +158,8 @@ class FrameCache:
         self._make_directory()
         progress = _Progress(len(todo), f"{self.height}x{self.width} into {self.directory}")
         problems: list[str] = []
-        # First what no other process is at, so that several share the work; then wait for theirs.
+        # First decode what no other process is decoding, so that processes share the work. Then
+        # wait for the rest.
         for wait in (False, True):
             todo = [v for v in todo if not self._fill_one(v, wait, progress, problems)]
         if problems:
@@ -173,11 +178,11 @@ class FrameCache:
     def _unwritable(self, error: OSError) -> str:
         return (
             f"data.cache_dir: cannot write frames to {self.directory} ({error.strerror}); "
-            "name a folder that is writable and has room: data.cache_dir=DIR"
+            "set data.cache_dir=DIR to a writable folder with enough space"
         )
 
     def _fill_one(self, video: Video, wait: bool, progress: _Progress, problems: list[str]) -> bool:
-        """False where another process is at it and `wait` is not set."""
+        """Return whether the video is done; False if another process is decoding it."""
         try:
             with claimed(self.file(video).with_suffix(".lock"), wait) as mine:
                 if mine and not self.ready(video):
@@ -196,18 +201,18 @@ class FrameCache:
 
 
 class _Progress:
-    """Says what is being decoded, every LOG_EVERY seconds, and how long it took."""
+    """Logs the progress of decoding every LOG_EVERY seconds, and the time that it took."""
 
     def __init__(self, videos: int, where: str) -> None:
         self.videos, self.done, self.frames = videos, 0, 0
-        self.start = self.said = time.monotonic()
+        self.start = self.logged = time.monotonic()
         logger.info("decoding %d videos at %s, once", videos, where)
 
     def add(self, video: Video) -> None:
         self.done += 1
         self.frames += video.frames
-        if time.monotonic() - self.said > LOG_EVERY:
-            self.said = time.monotonic()
+        if time.monotonic() - self.logged > LOG_EVERY:
+            self.logged = time.monotonic()
             logger.info("decoded %d of %d videos", self.done, self.videos)
 
     def end(self) -> None:

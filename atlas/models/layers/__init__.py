@@ -1,1 +1,1 @@
-"""Layers and image operations that several parts share."""
+"""Layers and image operations that several parts use."""

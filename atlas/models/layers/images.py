@@ -1,4 +1,4 @@
-"""What pretrained vision encoders need around them: pixels as they know them, and fewer patches."""
+"""Image operations of pretrained vision encoders: scaled pixels and pooled patches."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch.nn import functional as F
 
 from atlas.errors import ConfigError
 
-# Of ImageNet's pixels between 0 and 1.
+# Mean and standard deviation of ImageNet's red, green and blue pixels, scaled to 0 to 1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def scaled(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 images [N, 3, H, W] as float32 from 0 to 1, [N, 3, *size]."""
+    """Return uint8 images [N, 3, H, W] as float32 from 0 to 1, resized to [N, 3, *size]."""
     pixels = images.float() / 255.0
     if pixels.shape[-2:] == size:
         return pixels
-    # Antialiased bilinear does not overshoot, so what results lies between 0 and 1 as well.
+    # Antialiased bilinear interpolation does not overshoot, so the result is within 0 to 1 too.
     return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
 def whole_patches(
     image_size: Sequence[int], resize: Sequence[int] | None, patch: int
 ) -> tuple[int, int]:
-    """[H, W] that images are brought to; raises `ConfigError` where `patch` does not divide it."""
+    """Return the [H, W] to resize images to; raise `ConfigError` unless `patch` divides both."""
     rows, columns = (int(pixels) for pixels in resize or image_size)
     if rows % patch or columns % patch:
         near = [max(1, round(n / patch)) * patch for n in (rows, columns)]
         raise ConfigError(
             f"the encoder's patches of {patch} pixels do not divide images of {rows}x{columns}; "
-            f"set model.vision.resize to multiples, for example {near}"
+            f"set model.vision.resize to multiples of {patch}, for example {near}"
         )
     return rows, columns
 
@@ -40,8 +40,8 @@ def whole_patches(
 class GridPool(nn.Module):
     """Averages patches [N, rows * columns, C] over the cells of a coarser grid.
 
-    A matrix product rather than torch's adaptive pooling, whose gradient on CUDA is not
-    deterministic. Where the grids do not divide, cells overlap as they do there.
+    It is a matrix product instead of torch's adaptive pooling, whose gradient is not deterministic
+    on CUDA. As in torch, cells overlap if the sizes are not multiples.
     """
 
     weights: Tensor  # [cells, patches]
@@ -59,7 +59,7 @@ class GridPool(nn.Module):
         self.register_buffer("weights", weights if self.pools else None, persistent=False)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Returns float32 [N, cells, C]."""
+        """Return float32 [N, cells, C]."""
         patches = patches.float()
         if not self.pools:
             return patches
@@ -68,7 +68,7 @@ class GridPool(nn.Module):
 
 
 def _averages(patches: int, cells: int) -> Tensor:
-    """[cells, patches] weights of the mean over each cell's patches, along one side."""
+    """Return the weights of the mean over each cell's patches along one side, [cells, patches]."""
     weights = torch.zeros(cells, patches)
     for cell in range(cells):
         first, end = cell * patches // cells, -(-(cell + 1) * patches // cells)

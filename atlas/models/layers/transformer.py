@@ -1,4 +1,4 @@
-"""The transformer block that the encoders are built of."""
+"""The transformer block of the encoders."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from atlas.errors import ConfigError
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each normalised before and added to its input (pre-norm).
+    """Attention and an MLP, each after a layer norm and with a residual connection (pre-norm).
 
-    No batch norm anywhere in the policy: a gradient must not depend on how a batch is cut.
+    The policy has no batch norm anywhere: the gradient must not depend on how the batch is
+    divided into micro-batches and ranks.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if width % heads:
             raise ConfigError(
-                f"model: heads={heads} does not divide width={width}; choose a divisor"
+                f"model: heads={heads} does not divide width={width}; set a divisor of the width"
             )
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width)
@@ -31,7 +32,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        """tokens [B, L, width]; valid [B, L], False where a token is padding to be ignored."""
+        """Return tokens [B, L, width] for tokens [B, L, width].
+
+        `valid` [B, L] is False for padding, which is not attended to; None is all True.
+        """
         tokens = tokens + self.dropout(self._attend(self.norm_attention(tokens), valid))
         tokens = tokens + self.dropout(self.mlp(self.norm_mlp(tokens)))
         return tokens
