@@ -1,1 +1,1 @@
-"""What follows training: load a policy, evaluate it, export it."""
+"""After training: load, evaluate and export a policy."""

@@ -1,4 +1,4 @@
-"""A trained policy, ready to act: the best weights of a run, raw observations in, actions out."""
+"""A trained policy, ready to act: from observations to actions with the best weights of a run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ OBSERVED = ("images", "state", "instruction")
 
 
 class Policy:
-    """Acts on one robot's observations; `reset` it when an episode begins.
+    """A policy that acts on one robot's observations; call `reset` at the start of an episode.
 
-    `model` is the trained module in eval mode, `spec` what its training data said about itself,
-    `step` the number of updates that it has had.
+    `model`: the trained module in eval mode; `spec`: the `spec` of its training data; `step`: the
+    number of updates that trained it.
     """
 
     def __init__(
@@ -49,18 +49,20 @@ class Policy:
         self._states.clear()
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray[Any, Any]:
-        """The next chunk of actions, [horizon, action_dim] in the data's own units.
+        """Return the next chunk of actions, [horizon, action_dim] in the data's own units.
 
         `observation` holds `images` (a mapping from camera name to [H, W, 3] uint8, or a sequence
         in the order of `spec["cameras"]`), `state` ([state_dim]) and `instruction` (text). Images
-        of another size are resized; earlier states are remembered where the policy has a history.
+        of another size are resized. If the policy has a history, it remembers earlier states; at
+        the start of an episode the first state is repeated.
         """
-        if lacking := [key for key in OBSERVED if key not in observation]:
+        if absent := [key for key in OBSERVED if key not in observation]:
             raise AtlasError(
-                f"observation lacks {', '.join(lacking)}; a policy acts on {', '.join(OBSERVED)}"
+                f"observation has no {', '.join(absent)}; a policy needs {', '.join(OBSERVED)}"
             )
         images = self._images(observation["images"])
-        self._states.append(self._state(observation["state"]))  # last: what is refused leaves none
+        # Appended after all checks, so that an invalid observation leaves no state behind.
+        self._states.append(self._state(observation["state"]))
         past = list(self._states)
         history = [past[0]] * ((self._states.maxlen or 1) - len(past)) + past
         batch = {
@@ -72,55 +74,54 @@ class Policy:
 
     @torch.no_grad()
     def act_batch(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Chunks for a collated batch of observations, [B, horizon, action_dim] on the CPU."""
+        """Return chunks [B, horizon, action_dim] on the CPU for a collated batch of observations."""
         model: Any = self.model
         actions: torch.Tensor = model.act(to_device(batch, self.device))
         return actions.float().cpu()
 
     def _state(self, state: Any) -> np.ndarray[Any, Any]:
-        """[state_dim], as it was in the data."""
+        """Return the state as float32; raise `AtlasError` unless its shape is [state_dim]."""
         found = np.asarray(state, np.float32)
         size = (self.spec or {}).get("state_dim")
         if size is not None and found.shape != (size,):
             raise AtlasError(
-                f"observation['state'] has the shape {list(found.shape)}; the policy was trained "
-                f"with [{size}]"
+                f"observation['state'] has the shape {list(found.shape)}, but the policy was trained "
+                f"with [{size}]; pass a state of that shape"
             )
         return found
 
     def _images(self, images: Any) -> torch.Tensor:
-        """[cameras, 3, H, W] uint8 at the size that the data had."""
+        """Return the images in the cameras' order and at the data's size, uint8 [V, 3, H, W]."""
         spec = self.spec or {}
         names: Sequence[str] = spec.get("cameras", [])
         if isinstance(images, Mapping):
-            missing = [name for name in names if name not in images]
-            if missing:
+            if absent := [name for name in names if name not in images]:
                 raise AtlasError(
-                    f"observation['images'] lacks {', '.join(missing)}; the policy was trained "
-                    f"with the cameras {', '.join(names)}"
+                    f"observation['images'] has no {', '.join(absent)}; the policy needs the "
+                    f"cameras {', '.join(names)}"
                 )
             images = [images[name] for name in names]
         if names and len(images) != len(names):
             raise AtlasError(
-                f"observation['images'] has {len(images)} of the {len(names)} cameras "
-                f"{', '.join(names)}"
+                f"observation['images'] has {len(images)} images; the policy needs one of each of "
+                f"the {len(names)} cameras {', '.join(names)}"
             )
-        return torch.stack([_resized(image, spec.get("image_size")) for image in images])
+        return torch.stack([_resize(image, spec.get("image_size")) for image in images])
 
 
 def load_policy(run: str | Path, device: str = "auto", trust: Sequence[str] = ()) -> Policy:
-    """The best model of the run in directory `run`, its averaged weights where it has them.
+    """Return the best policy of a run, with its averaged weights if it has them.
 
-    `run` can also be a folder that `atlas export` has written. Needs nothing but that directory
-    and the code of the model: no data set is opened, and no pretrained weights are read. Raises
-    `AtlasError` where there is no checkpoint, and for a run of somebody else that names more than
-    parts of Atlas and torch, unless under a prefix in `trust` (such as `["my_parts"]`).
+    `run`: a run's directory, or a folder that `atlas export` has written. Only this directory and
+    the model's code are needed: no data set is opened, and no pretrained weights are read. Raises
+    `AtlasError` if there is no checkpoint. Also raises it if another user's run names code outside
+    Atlas and torch, unless its import path starts with a prefix in `trust` (`["my_parts"]`).
     """
     exported = export.is_export(run)
     saved = export.read(run) if exported else export.read_run(Run(run))
     file = Path(run) / export.POLICY if exported else Run(run).config_file
     extend_sys_path(file, saved.config["run"]["sys_path"], trust)
-    # A policy is a model: what else the configuration names is not made.
+    # Only the model is checked, because nothing else of the configuration is built here.
     require_trust(file, {"model": saved.config["model"]}, trust)
     with without_weights():  # all weights are in `saved`
         model = build_model(saved.config, saved.spec)
@@ -128,7 +129,7 @@ def load_policy(run: str | Path, device: str = "auto", trust: Sequence[str] = ()
     return Policy(model, saved.spec, choose_device(device, 0), saved.step)
 
 
-def _resized(image: Any, size: Sequence[int] | None) -> torch.Tensor:
+def _resize(image: Any, size: Sequence[int] | None) -> torch.Tensor:
     pixels = torch.as_tensor(np.asarray(image)).permute(2, 0, 1)
     if size is None or tuple(pixels.shape[1:]) == tuple(size):
         return pixels

@@ -254,12 +254,12 @@ def test_small_files_of_pretrained_parts_come_along(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "model.safetensors", ".cache/lock"):
         (part / name).write_text(name)
     node = {"lang_encoder": {"path": str(part), "layers": [1]}, "vision": {"path": "org/name"}}
-    found = export.with_parts(node, out)
+    found = export.copy_parts(node, out)
     assert found["lang_encoder"] == {"path": "parts/lang_encoder", "layers": [1]}
     assert found["vision"] == {"path": "org/name"}, "a name on the hub stays one"
     copied = sorted(p.name for p in (out / "parts/lang_encoder").iterdir())
     assert copied == ["config.json", "tokenizer.json"]
-    assert export._resolved(found, out)["lang_encoder"]["path"] == str(out / "parts/lang_encoder")
+    assert export._resolve_parts(found, out)["lang_encoder"]["path"] == str(out / "parts/lang_encoder")
 
 
 def test_baselines_that_make_sense() -> None:

@@ -34,7 +34,7 @@ from robot import (  # noqa: E402
     write_video,
 )
 
-from atlas.data.lerobot.damage import damage  # noqa: E402
+from atlas.data.lerobot.damage import find_damage  # noqa: E402
 from atlas.errors import ConfigError  # noqa: E402
 from atlas.policy.evaluate import evaluate  # noqa: E402
 from atlas.run.directory import Run  # noqa: E402
@@ -257,12 +257,12 @@ def test_what_is_wrong_with_v3_is_named(
 
 def test_kinds_of_damage_are_told_apart(root: Path) -> None:
     edits = (unlink(TABLE), empty(TABLE), without_rows, cut(TABLE, 0.7), replace(TABLE, POINTER))
-    found = {damage(root / "v2" / TABLE)}
+    found = {find_damage(root / "v2" / TABLE)}
     assert found == {None}
     for number, edit in enumerate(edits):
         shutil.copytree(root / "v2", folder := root / str(number))
         edit(folder)
-        found.add(damage(folder / TABLE))
+        found.add(find_damage(folder / TABLE))
     assert len(found) == 1 + len(edits)
 
 
