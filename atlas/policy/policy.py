@@ -130,7 +130,8 @@ def load_policy(run: str | Path, device: str = "auto", trust: Sequence[str] = ()
 
 
 def _resize(image: Any, size: Sequence[int] | None) -> torch.Tensor:
-    pixels = torch.as_tensor(np.asarray(image)).permute(2, 0, 1)
+    # Copied, because torch warns of the read-only arrays that cameras' buffers often are.
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if size is None or tuple(pixels.shape[1:]) == tuple(size):
         return pixels
     scaled = nn.functional.interpolate(

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from atlas.data import protocol
 from atlas.data.protocol import scenes_of, spec_of
+from atlas.data.tabletop import Tabletop
 from atlas.errors import ConfigError
+from atlas.models import protocol as models
+from atlas.models.action_head import CategoricalHead, ChunkHead, FlowMatchingHead
+from atlas.models.fusion import LanguageQueriedSoftmax
+from atlas.models.lang_encoder import WordEncoder
 from atlas.models.protocol import Encodes
+from atlas.models.vision import VisionTransformer
+from atlas.models.vla import VLA
 from atlas.protocol import missing, offers
 
 
@@ -80,3 +90,73 @@ def test_spec_and_scenes_of_a_data_set():
 def test_scenes_without_rollout():
     with pytest.raises(ConfigError, match="scenes=2"):
         scenes_of(Halfway())
+
+
+def tabletop() -> Tabletop:
+    return Tabletop("val", episodes=2, val_episodes=1, rollouts=3)
+
+
+def vit(**sizes: Any) -> VisionTransformer:
+    return VisionTransformer(**{"image_size": [56, 56], "width": 8, **sizes})
+
+
+def vla() -> VLA:
+    parts = (vit, WordEncoder, LanguageQueriedSoftmax, ChunkHead)
+    return VLA(*parts, spec=tabletop().spec)
+
+
+HEAD = {"width": 8, "horizon": 2, "action_dim": 3}
+SIMULATED = (
+    *(protocol.Dataset, protocol.ReadsBatches, protocol.ReadsBlocks, protocol.HasSpec),
+    *(protocol.HasBaselines, protocol.HasScenes, protocol.HasEpisodes, protocol.HasFrames),
+)
+CLAIMS: list[tuple[Callable[[], Any], tuple[Any, ...]]] = [
+    (tabletop, SIMULATED),
+    (vla, (models.Model, models.Acts, models.HasVision)),
+    (vit, (models.Vision, models.Encodes, models.HasImageSize)),
+    (lambda: WordEncoder(["ball"]), (models.LangEncoder, models.Untraced)),
+    (lambda: LanguageQueriedSoftmax(1, (2, 2), 8, 8, 2), (models.Fusion,)),
+    *(
+        (lambda head=head: head(**HEAD), (models.ActionHead,))
+        for head in (ChunkHead, CategoricalHead, FlowMatchingHead)
+    ),
+]
+
+
+def assert_offers(part: Any, wanted: Any) -> None:
+    """`part` has the members of `wanted`, and its methods take the arguments that are passed."""
+    assert missing(part, wanted) == []
+    for name, member in vars(wanted).items():
+        if inspect.isfunction(member) and (name == "__call__" or not name.startswith("_")):
+            passed = list(inspect.signature(member).parameters)[1:]
+            method = part.forward if name == "__call__" else getattr(part, name)
+            inspect.signature(method).bind(*passed)
+
+
+@pytest.mark.parametrize(("make", "offered"), CLAIMS)
+def test_what_is_shipped_offers_what_it_claims(
+    make: Callable[[], Any], offered: tuple[Any, ...]
+) -> None:
+    part = make()
+    for wanted in offered:
+        assert_offers(part, wanted)
+
+
+def test_recordings_offer_what_they_claim(tmp_path: Path) -> None:
+    from robot import open_split, write_folder
+
+    data = open_split(write_folder(tmp_path / "robot"))
+    simulated = set(SIMULATED) - {protocol.HasScenes}
+    recorded = (protocol.Prepares, protocol.Describes, protocol.NamesActions)
+    for wanted in (*simulated, *recorded, protocol.HasRecordedEpisodes):
+        assert_offers(data, wanted)
+    assert not offers(data, protocol.HasScenes)
+
+
+def test_babyai_offers_what_it_claims() -> None:
+    pytest.importorskip("minigrid", reason="minigrid is not installed (extra sim)")
+    from atlas.data.babyai import BabyAI
+
+    data = BabyAI(episodes=2, val_episodes=1)
+    for wanted in (*SIMULATED, protocol.HasRolloutBaselines, protocol.NamesActions):
+        assert_offers(data, wanted)

@@ -259,7 +259,9 @@ def test_small_files_of_pretrained_parts_come_along(tmp_path: Path) -> None:
     assert found["vision"] == {"path": "org/name"}, "a name on the hub stays one"
     copied = sorted(p.name for p in (out / "parts/lang_encoder").iterdir())
     assert copied == ["config.json", "tokenizer.json"]
-    assert export._resolve_parts(found, out)["lang_encoder"]["path"] == str(out / "parts/lang_encoder")
+    assert export._resolve_parts(found, out)["lang_encoder"]["path"] == str(
+        out / "parts/lang_encoder"
+    )
 
 
 def test_baselines_that_make_sense() -> None:
