@@ -47,7 +47,7 @@ class Dataset(Protocol):
 
 
 class Collates(Protocol):
-    """A data set that makes batches in its own way."""
+    """A data set with its own way to collate samples."""
 
     def collate(self, samples: list[Any], /) -> Any:
         """Return the batch of `samples`, in place of torch's `default_collate`."""
@@ -58,11 +58,11 @@ class ReadsBatches(Protocol):
     """A data set that reads a whole batch faster than sample by sample."""
 
     def batch(self, ids: Sequence[int] | Ids, seeds: Sequence[int] | None = None, /) -> Any:
-        """Return the collated batch of the samples `ids`, in memory of its own.
+        """Return the collated batch of the samples `ids`.
 
-        The batches of an update are all read before the update begins, so they must not share
-        memory. `seeds`: one seed a sample for random augmentation; a method without this second
-        parameter is called with the ids alone.
+        All batches of an update are read before the update begins, so they must not share memory.
+        `seeds`: one seed a sample for random augmentation; a method without this second parameter
+        is called with the ids only.
         """
         ...
 
@@ -71,7 +71,7 @@ class Prepares(Protocol):
     """A data set with work to do before training, such as decoding videos into a cache."""
 
     def prepare(self) -> None:
-        """Do what takes long. Called once on every rank before data workers start."""
+        """Do this work. It is called once on every rank, before data workers start."""
         ...
 
 
@@ -84,11 +84,11 @@ class Describes(Protocol):
 
 
 class HasSpec(Protocol):
-    """A data set that tells the model what to expect.
+    """A data set that describes itself for the model.
 
     `spec` holds plain values (numbers, text, lists, mappings). It is passed to a model whose
-    constructor takes `spec`, and is kept in every checkpoint, so that a policy is loaded without the
-    data. `model=vla` reads `cameras` (V names), `image_size` [H, W], `state_dim` S, `history` K,
+    constructor takes `spec`, and is saved in every checkpoint, so that a policy can be loaded without
+    the data. `model=vla` reads `cameras` (V names), `image_size` [H, W], `state_dim` S, `history` K,
     `action_dim` A, `horizon` T, `vocabulary` (words), `relative`, `statistics` and optionally
     `discrete`.
     """
@@ -100,9 +100,9 @@ class HasBaselines(Protocol):
     """A validation set that knows the error of predictions without learning."""
 
     def baselines(self, train: Any, /) -> Mapping[str, float]:
-        """Return the mean absolute error of each baseline by name, fitted on `train` where needed.
+        """Return the mean absolute error of each baseline by name; some are fitted on `train`.
 
-        A validation tracks `val/l1` divided by each as `val/l1_vs_<name>`.
+        A validation tracks `val/l1` divided by each of them as `val/l1_vs_<name>`.
         """
         ...
 
@@ -140,7 +140,10 @@ class HasEpisodes(Protocol):
 
 
 class HasRecordedEpisodes(Protocol):
-    """A data set whose episodes have numbers of their own; `episodes[place]` is that number."""
+    """A data set whose episodes are numbered in the recordings.
+
+    `episodes[place]` is the number in the recordings of the episode at `place`.
+    """
 
     episodes: list[int]
 
@@ -160,20 +163,21 @@ class ReadsBlocks(Protocol):
 
 
 class HasFrames(Protocol):
-    """A data set whose images can be replaced by features that a frozen encoder computed once.
+    """A data set whose images can be replaced by cached features of a frozen vision.
 
-    Frames come in blocks (episodes). `augments`: whether images are changed at random, which rules
-    this out. `batch` must also accept `images=False`, which leaves the images out.
+    Frames are grouped in blocks, such as episodes. `augments`: whether images are changed at random,
+    in which case features cannot be cached. `batch` must also accept `images=False`, which leaves the
+    images out.
     """
 
     augments: bool
 
     def image_blocks(self) -> list[tuple[str, int]]:
-        """Return a name that no other block has, and the number of frames, of every block."""
+        """Return a unique name, determined by the pixels, and the number of frames of each block."""
         ...
 
     def block_images(self, block: int, start: int, stop: int, /) -> Tensor:
-        """Return frames `start` to `stop` of a block, uint8 [frames, V, 3, H, W]."""
+        """Return frames `start` to `stop` of a block, uint8 [stop - start, V, 3, H, W]."""
         ...
 
     def image_places(self, ids: Sequence[int] | Ids, /) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -191,10 +195,10 @@ def scenes_of(data: Any) -> int:
 
     Raise `ConfigError` if it counts scenes but cannot play them.
     """
-    lacking = missing(data, HasScenes)
-    if "scenes" in lacking or not data.scenes:
+    absent = missing(data, HasScenes)
+    if "scenes" in absent or not data.scenes:
         return 0
-    if lacking:
+    if absent:
         raise ConfigError(
             f"data.val: {type(data).__name__} has scenes={data.scenes} but no method "
             "`rollout(policy, scenes)`; add it, or set scenes to 0"

@@ -44,20 +44,13 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
     """
     folder = make_folder(out or run.path)  # first, because what follows can take minutes
     policy = load_policy(run.path, device)
-    settings = Settings.of(read_trusted_config(run))
-    train, val = build_data(settings)
-    if val is None:
-        raise AtlasError(
-            f"run {run.id} has data.val=null: there are no held-out episodes to evaluate; evaluate "
-            "a run with a validation split"
-        )
     if not offers(policy.model, Acts):
         raise AtlasError(
             f"{type(policy.model).__name__} has no method act(batch), which predicts actions; "
             "atlas evaluate needs it"
         )
-    if offers(val, Prepares):
-        val.prepare()
+    settings = Settings.of(read_trusted_config(run))
+    train, val = _open_data(run, settings)
     predictions = Predictions(settings, policy, val)
     errors, hits = Errors(), Hits()
     samples = predictions.measure(errors, *([hits] if is_discrete(val) else []))
@@ -80,6 +73,19 @@ def evaluate(run: Run, device: str = "auto", out: Path | None = None) -> dict[st
     if (trajectory := predictions.first_trajectory(joints)) is not None:
         trajectories.draw(trajectory, folder / run.evaluation_picture.name)
     return results
+
+
+def _open_data(run: Run, settings: Settings) -> tuple[Any, Any]:
+    """Return the training set and the prepared validation set; raise `AtlasError` without one."""
+    train, val = build_data(settings)
+    if val is None:
+        raise AtlasError(
+            f"run {run.id} has data.val=null: there are no held-out episodes to evaluate; evaluate "
+            "a run with a validation split"
+        )
+    if offers(val, Prepares):
+        val.prepare()
+    return train, val
 
 
 def rollout(policy: Policy, data: Any) -> dict[str, float] | None:
