@@ -1,4 +1,4 @@
-"""Many runs from one command line: started together, told of in one table."""
+"""Many runs from one command line: started together, and summarized in one table."""
 
 from __future__ import annotations
 
@@ -15,51 +15,47 @@ from atlas.run.directory import Run
 from atlas.run.provenance import Provenance
 from atlas.run.status import State
 from launchers.base import Handle, Launcher
+from launchers.hydra_errors import report_errors
+from launchers.launch import launcher_of
 
 
 @dataclass
-class Job:
-    """One run of a sweep: its resolved configuration, what was typed, and what of that is swept."""
+class Trial:
+    """One combination of the swept values, as Hydra composed it."""
 
     config: dict[str, Any]
-    overrides: list[str]
-    swept: list[str]
-    keys: list[str]
+    overrides: list[str]  # all that were typed, with this combination's values
+    swept: list[str]  # those among them that differ between trials
+    keys: list[str]  # the keys that are swept
 
 
 @dataclass
-class Started:
-    """A job with its run; `handle` is None if the run was not started again."""
+class StartedTrial:
+    """A trial with its run; `handle` is None if the run was finished or running already."""
 
-    job: Job
+    trial: Trial
     run: Run
     launcher: Launcher
     handle: Handle | None = None
 
 
-def sweep_and_tell(jobs: Sequence[Job], modules: Sequence[str]) -> None:
-    """Run what is missing of `jobs` and print the table; exits as the worst of them did."""
-    from launchers.hydra_errors import report_errors
-
+def run_sweep(trials: Sequence[Trial], modules: Sequence[str]) -> None:
+    """Run what is missing of `trials`, print the table, and exit with the worst of their codes."""
     with report_errors():
-        started = start(jobs, modules)
+        started = start(trials, modules)
         code = EXIT_DONE
         for each in started:
             if each.handle is not None and not each.launcher.is_detached:
                 code = max(code, each.handle.wait() or EXIT_DONE)
-        sweep = sweep_of(started)
-        sweep.write()
-        print(sweep.table(), flush=True)
+        _summarize(started)
         if code:
             raise SystemExit(EXIT_STOPPED if code == EXIT_STOPPED else EXIT_FAILED)
 
 
-def outcomes(jobs: Sequence[Job], modules: Sequence[str]) -> list[float | Exception]:
-    """The objective of every job, once it has ended; the exception of one that failed."""
-    from launchers.hydra_errors import report_errors
-
+def objectives(trials: Sequence[Trial], modules: Sequence[str]) -> list[float | Exception]:
+    """Run `trials` to their end and return the objective of each, or the exception if it failed."""
     with report_errors():
-        started = start(jobs, modules)
+        started = start(trials, modules)
         if any(each.handle and each.launcher.is_detached for each in started):
             raise ConfigError(
                 "cluster.wait=false: a sweeper that chooses by the results of earlier runs has to "
@@ -68,97 +64,102 @@ def outcomes(jobs: Sequence[Job], modules: Sequence[str]) -> list[float | Except
         for each in started:
             if each.handle is not None:
                 each.handle.wait()
-        sweep = sweep_of(started)
-        sweep.write()
-        print(sweep.table(), flush=True)
-    return [_outcome(each) for each in started]
+        _summarize(started)
+    return [_objective(each) for each in started]
 
 
-def start(jobs: Sequence[Job], modules: Sequence[str]) -> list[Started]:
-    """Create and submit the runs of `jobs` that are neither finished nor at work.
+def start(trials: Sequence[Trial], modules: Sequence[str]) -> list[StartedTrial]:
+    """Create and submit the runs of `trials` that are neither finished nor running or queued.
 
-    `modules` are the folders of the person's own code, which the runs' workers need too.
+    `modules` are the folders with the user's own modules, which the workers import too.
     """
-    _check_all(jobs)
-    origin = Provenance.collect([], modules)
-    started: dict[Path, Started] = {}
-    for launcher, members in _by_launcher(jobs):
-        todo: list[Started] = []
-        twice = 0
-        for job in members:
-            run = Run.locate(job.config, launcher.world_size)
+    _check_all(trials)
+    provenance = Provenance.collect([], modules)
+    started: dict[Path, StartedTrial] = {}
+    for launcher, members in _by_launcher(trials):
+        missing: list[StartedTrial] = []
+        duplicates = 0
+        for trial in members:
+            run = Run.locate(trial.config, launcher.world_size)
             if run.path in started:
-                twice += 1  # the same values, or the same written in another way
+                duplicates += 1  # equal values, perhaps written in another way
                 continue
-            started[run.path] = Started(job, run, launcher)
+            started[run.path] = StartedTrial(trial, run, launcher)
             if run.judge_state() is not State.FINISHED and not launcher.is_active(run):
-                todo.append(started[run.path])
-        launcher.preflight([each.job.config for each in todo])
+                missing.append(started[run.path])
+        launcher.preflight([each.trial.config for each in missing])
         sweep = sweep_of(list(started.values()))
         sweep.write()
-        for each in todo:
-            typed = replace(origin, overrides=each.job.overrides, sweep=sweep.id)
-            each.run.create(each.job.config, launcher.world_size, typed)
-        runs = len(members) - twice
-        print(
-            f"{len(todo)} of {runs} runs to start, {runs - len(todo)} finished or at work already"
-            + (f", {twice} given twice" if twice else ""),
-            flush=True,
-        )
-        handles = launcher.submit([each.run for each in todo]) if todo else []
-        for each, handle in zip(todo, handles, strict=True):
-            each.handle = handle
-        for text in dict.fromkeys(handle.describe() for handle in handles):
-            if text:
-                print(text, flush=True)
+        for each in missing:
+            own = replace(provenance, overrides=each.trial.overrides, sweep=sweep.id)
+            each.run.create(each.trial.config, launcher.world_size, own)
+        _announce(len(missing), len(members), duplicates)
+        _submit(launcher, missing)
     return list(started.values())
 
 
-def sweep_of(started: Sequence[Started]) -> Sweep:
+def sweep_of(started: Sequence[StartedTrial]) -> Sweep:
     """Return the sweep that the runs belong to: the same for a wider grid over the same keys."""
-    first = started[0]
-    return Sweep.of(
-        first.job.config,
-        first.job.keys,
-        [(each.run, each.job.swept) for each in started],
-    )
+    first = started[0].trial
+    return Sweep.of(first.config, first.keys, [(each.run, each.trial.swept) for each in started])
 
 
-def _check_all(jobs: Sequence[Job]) -> None:
-    """Every problem of every configuration, once."""
+def _check_all(trials: Sequence[Trial]) -> None:
+    """Raise `ConfigError` with every problem of every configuration, each once."""
     problems: list[str] = []
-    for job in jobs:
+    for trial in trials:
         try:
-            check(job.config)
+            check(trial.config)
             for key in ("resume", "fresh", "dry_run"):
-                if job.config[key]:
-                    problems.append(f"{key}={job.config[key]} is for one run; leave it out with -m")
+                if trial.config[key]:
+                    value = trial.config[key]
+                    problems.append(f"{key}={value} is for one run; leave it out with -m")
         except ConfigError as error:
             problems += error.problems
-        job.config["outputs"] = str(Path(job.config["outputs"]).absolute())
+        trial.config["outputs"] = str(Path(trial.config["outputs"]).absolute())
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _by_launcher(jobs: Sequence[Job]) -> list[tuple[Launcher, list[Job]]]:
-    """Jobs that run in the same place, handed to one launcher."""
-    from launchers.launch import launcher_of
-
-    places: dict[str, list[Job]] = {}
-    for job in jobs:
-        places.setdefault(json.dumps(job.config["cluster"], sort_keys=True), []).append(job)
+def _by_launcher(trials: Sequence[Trial]) -> list[tuple[Launcher, list[Trial]]]:
+    """Group trials with an equal `cluster` section under one launcher."""
+    clusters: dict[str, list[Trial]] = {}
+    for trial in trials:
+        clusters.setdefault(json.dumps(trial.config["cluster"], sort_keys=True), []).append(trial)
     pairs = []
-    for members in places.values():
+    for members in clusters.values():
         launcher = launcher_of(members[0].config)
         launcher.check()
         pairs.append((launcher, members))
     return pairs
 
 
-def _outcome(started: Started) -> float | Exception:
-    value = score(started.run, started.job.config["objective"])
-    if started.run.judge_state() is State.FINISHED and value is not None:
+def _announce(missing: int, trials: int, duplicates: int) -> None:
+    runs = trials - duplicates
+    text = f"{missing} of {runs} runs to start, {runs - missing} already finished or running"
+    print(text + (f", {duplicates} duplicate(s)" if duplicates else ""), flush=True)
+
+
+def _submit(launcher: Launcher, missing: Sequence[StartedTrial]) -> None:
+    handles = launcher.submit([each.run for each in missing]) if missing else []
+    for each, handle in zip(missing, handles, strict=True):
+        each.handle = handle
+    for text in dict.fromkeys(handle.describe() for handle in handles):
+        if text:
+            print(text, flush=True)
+
+
+def _summarize(started: Sequence[StartedTrial]) -> None:
+    """Write the sweep with what its runs have reached, and print its table."""
+    sweep = sweep_of(started)
+    sweep.write()
+    print(sweep.table(), flush=True)
+
+
+def _objective(started: StartedTrial) -> float | Exception:
+    run = started.run
+    value = score(run, started.trial.config["objective"])
+    state = run.judge_state()
+    if state is State.FINISHED and value is not None:
         return value
-    return AtlasError(
-        f"run {started.run.id}: {started.run.judge_state()}: {started.run.read_status().reason}"
-    )
+    return AtlasError(f"run {run.id}: {state}: {run.read_status().reason}")

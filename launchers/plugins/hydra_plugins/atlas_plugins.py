@@ -1,4 +1,4 @@
-"""Hydra's names for Atlas's sweeps: a sweeper that composes once, and a launcher for any sweeper.
+"""Atlas's plugins for Hydra: a sweeper that composes once, and a launcher for Hydra's sweepers.
 
 Hydra imports every `hydra_plugins` module at every start, so nothing heavy is imported here.
 """
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class AtlasSweeper(Sweeper):
-    """The product of all swept values, handed over as one batch."""
+    """Runs every combination of the swept values as one batch."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -29,7 +29,7 @@ class AtlasSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from launchers.launch import user_modules
-        from launchers.sweep import Job, sweep_and_tell
+        from launchers.sweep import Trial, run_sweep
 
         parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(arguments)
         swept = [override for override in parsed if override.is_sweep_override()]
@@ -42,19 +42,19 @@ class AtlasSweeper(Sweeper):
         combinations = [list(combination) for combination in itertools.product(*choices)]
         configs = self._compose(swept, fixed, combinations)
         keys = [override.get_key_element() for override in swept]
-        jobs = [
-            Job(config, [*fixed, *combination], combination, keys)
+        trials = [
+            Trial(config, [*fixed, *combination], combination, keys)
             for config, combination in zip(configs, combinations, strict=True)
         ]
-        return sweep_and_tell(jobs, user_modules(self._config.hydra))
+        return run_sweep(trials, user_modules(self._config.hydra))
 
     def _compose(
         self, swept: list[Override], fixed: list[str], combinations: list[list[str]]
     ) -> list[dict[str, Any]]:
-        """One configuration a combination.
+        """Return one configuration per combination.
 
-        Composing costs about 90 ms. Where plain values are swept it is done once, and the values
-        are put in; where a group is swept, a combination is composed on its own.
+        Composing takes about 90 ms. If only plain values are swept, it is done once and the values
+        are put in. If a group is swept, each combination is composed separately.
         """
         from launchers.launch import resolve
 
@@ -80,7 +80,7 @@ class AtlasSweeper(Sweeper):
 
 
 class AtlasLauncher(Launcher):
-    """Starts what a sweeper of Hydra's, such as Optuna's, asks for, and returns the objective."""
+    """Runs the trials of one of Hydra's sweepers, such as Optuna's, and returns their objectives."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -92,21 +92,21 @@ class AtlasLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from launchers.launch import resolve, user_modules
-        from launchers.sweep import Job, outcomes
+        from launchers.sweep import Trial, objectives
 
         fixed = set.intersection(*(set(overrides) for overrides in job_overrides))
-        jobs = []
+        trials = []
         for overrides in job_overrides:
             config = self._loader.load_sweep_config(self._config, list(overrides))
-            own = [o for o in overrides if o not in fixed] or list(overrides)
-            keys = [text.lstrip("+").partition("=")[0] for text in own]
-            jobs.append(Job(resolve(without_hydra(config)), list(overrides), own, keys))
+            swept = [o for o in overrides if o not in fixed] or list(overrides)
+            keys = [text.lstrip("+").partition("=")[0] for text in swept]
+            trials.append(Trial(resolve(without_hydra(config)), list(overrides), swept, keys))
         modules = user_modules(self._config.hydra)
-        return [self._returned(value) for value in outcomes(jobs, modules)]
+        return [self._job_return(value) for value in objectives(trials, modules)]
 
     @staticmethod
-    def _returned(value: float | Exception) -> JobReturn:
-        """A failed run is a failed job: its exception is raised where the result is asked for."""
+    def _job_return(value: float | Exception) -> JobReturn:
+        """Return `value` as Hydra wants it; an exception is raised when the sweeper reads it."""
         returned = JobReturn()
         failed = isinstance(value, Exception)
         returned.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
@@ -115,7 +115,7 @@ class AtlasLauncher(Launcher):
 
 
 def without_hydra(config: DictConfig) -> DictConfig:
-    """The task's own part of a composed configuration."""
+    """Return a composed configuration without Hydra's own section."""
     OmegaConf.set_readonly(config, False)
     OmegaConf.set_struct(config, False)
     del config["hydra"]
