@@ -28,13 +28,27 @@ class Handle(abc.ABC):
         return ""
 
 
+class EndedHandle(Handle):
+    """A run that has ended before its handle was returned."""
+
+    def __init__(self, run: Run, code: int) -> None:
+        super().__init__(run)
+        self._code = code
+
+    def wait(self) -> int:
+        """Return the exit code."""
+        return self._code
+
+    def cancel(self) -> None:
+        """Do nothing: the run has ended."""
+
+
 class Launcher(abc.ABC):
     """Starts runs, each with `nodes` x `nproc_per_node` ranks and one GPU per rank."""
 
     name: str
-    is_detached: bool = (
-        False  # whether the runs are left to a queue, and nobody waits for their end
-    )
+    # Whether the runs are left to a queue, and nobody waits for their end.
+    is_detached: bool = False
     # Whether the runs are on other machines than this one, whose devices say nothing about theirs.
     is_remote: bool = False
 

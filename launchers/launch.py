@@ -101,7 +101,7 @@ def launcher_of(config: dict[str, Any]) -> Launcher:
     if not torchrun.is_torchrun():
         launcher: Launcher = instantiate(config["cluster"], _convert_="all")
         return launcher
-    torchrun.refuse(config["cluster"]["_target_"], multirun=False)
+    torchrun.refuse(config["cluster"]["_target_"], is_sweep=False)
     cluster = config["cluster"]
     return torchrun.TorchrunLauncher(cluster["device"], cluster.get("sharding"))
 

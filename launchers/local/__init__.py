@@ -1,4 +1,4 @@
-"""Runs on this machine: one rank in this process, several as processes forked from a warm one."""
+"""Runs on this machine, in the foreground."""
 
 from launchers.local.launcher import LocalLauncher
 

@@ -1,4 +1,4 @@
-"""This machine: one rank in the person's own process, many as processes forked from a warm one."""
+"""This machine: one rank in the user's own process, several as processes forked from a warm one."""
 
 from __future__ import annotations
 
@@ -12,30 +12,17 @@ from atlas.record.shipping.shipper import open_pool_shipper
 from atlas.run.directory import Run
 from atlas.run.summary import summary
 from atlas.system.devices import visible_gpus
-from launchers.base import Handle, Launcher
+from launchers.base import EndedHandle, Handle, Launcher
 from launchers.local.pool import Pool
-from launchers.local.ranks import failure_text
-
-
-class Ended(Handle):
-    """A run that has ended by the time it is handed back."""
-
-    def __init__(self, run: Run, code: int) -> None:
-        super().__init__(run)
-        self.code = code
-
-    def wait(self) -> int:
-        return self.code
-
-    def cancel(self) -> None:
-        """Nothing is left to cancel."""
+from launchers.local.ranks import Ranks, failure_text, warm_context
 
 
 class LocalLauncher(Launcher):
-    """Runs in the foreground: returns when all have ended.
+    """Runs in the foreground: `submit` returns when all runs have ended.
 
-    `runs_at_once` bounds how many runs of a sweep share the machine on the CPU (`auto`: as many as
-    its cores have room for); on GPUs it is as many as there are GPUs for.
+    `runs_at_once` bounds how many runs of a sweep share the CPU (`auto`: as many as there are cores
+    for); on GPUs it is as many as there are GPUs for. `required_gpus` is for a cluster that stands
+    for one kind of machine: another number of visible GPUs is an error.
     """
 
     name = "local"
@@ -54,66 +41,65 @@ class LocalLauncher(Launcher):
         self._required_gpus = required_gpus
 
     def check(self) -> None:
+        """Raise `ConfigError` for more than one node, or for GPUs that this machine does not have."""
         if self.nodes != 1:
             raise ConfigError(
                 f"cluster.nodes={self.nodes} and cluster=local is one machine; use cluster.nodes=1"
             )
-        there = len(visible_gpus())
-        if (
-            self._required_gpus is not None
-            and self.device != "cpu"
-            and there != self._required_gpus
-        ):
+        visible = len(visible_gpus())
+        if self._required_gpus not in (None, visible) and self.device != "cpu":
             raise ConfigError(
-                f"this cluster is a machine with {self._required_gpus} GPUs and {there} are visible; "
-                "use cluster=local to train on those, or look at CUDA_VISIBLE_DEVICES"
+                f"cluster.required_gpus={self._required_gpus} and {visible} GPUs are visible; use "
+                "cluster=local to train on those, or check CUDA_VISIBLE_DEVICES"
             )
         check_gpus(self.nproc_per_node, self.device)
 
     def submit(self, runs: Sequence[Run]) -> list[Handle]:
+        """Run all of `runs` to their end."""
         if len(runs) == 1 and self.world_size == 1:
             # In this process, so that a debugger and Ctrl-C work as in any script.
-            return [Ended(runs[0], worker.main(runs[0].path))]
-        codes = self._pool(1).run(runs, self._tell) if len(runs) == 1 else self._run_many(runs)
-        return [Ended(run, code) for run, code in zip(runs, codes, strict=True)]
+            return [EndedHandle(runs[0], worker.main(runs[0].path))]
+        codes = self._run_one(runs[0]) if len(runs) == 1 else self._run_many(runs)
+        return [EndedHandle(run, code) for run, code in zip(runs, codes, strict=True)]
+
+    def _run_one(self, run: Run) -> list[int]:
+        return self._pool(1).run([run], on_end=_report_failure)
 
     def _run_many(self, runs: Sequence[Run]) -> list[int]:
-        """All `runs`, with one process that sends their journals to MLflow."""
+        """Run `runs` with one process that sends all their journals to MLflow."""
         pool = self._pool(len(runs))
         shipper = open_pool_shipper(runs)
         shipper.start()
-        codes = pool.run(runs, self._tell_short)
+        codes = pool.run(runs, on_end=_report_in_one_line)
         if missing := shipper.finish():
             print(f"warning: {missing}", file=sys.stderr)
         return codes
 
     def _pool(self, runs: int) -> Pool:
-        gpus = visible_gpus() if self.device != "cpu" else []
+        context = warm_context()
+        size = self.world_size
         cores = len(os.sched_getaffinity(0))
-        places = self._runs_at_once
-        if places == "auto":
-            places = max(1, cores // self.world_size)
-        places = min(int(places), runs)
-        threads = max(1, cores // (self.world_size * places))
-        return Pool(self.world_size, gpus, places, threads)
+        limit = max(1, cores // size) if self._runs_at_once == "auto" else int(self._runs_at_once)
+        at_once = min(limit, runs)
+        threads = max(1, cores // (size * at_once))
+
+        def start(run: Run, gpus: Sequence[str] | None) -> Ranks:
+            return Ranks.start(context, run, size, gpus, is_alone=runs == 1, threads=threads)
+
+        return Pool(start, self._slots(at_once))
+
+    def _slots(self, at_once: int) -> list[list[str] | None]:
+        """Return the GPUs of each run that is started at the same time; None on the CPU."""
+        gpus = visible_gpus() if self.device != "cpu" else []
+        if not gpus:
+            return [None] * at_once
+        size = self.world_size
+        return [gpus[first : first + size] for first in range(0, len(gpus) - size + 1, size)]
 
     def _ranks_per_node(self, wanted: int | str) -> int:
         if wanted != "auto":
             return int(wanted)
         return max(1, len(visible_gpus())) if self.device != "cpu" else 1
-
-    @staticmethod
-    def _tell(run: Run, code: int) -> None:
-        """How the only run ended; its rank 0 has said so itself where it got that far."""
-        if code == EXIT_INTERRUPTED:
-            print(f"left at once; the same command goes on from the last checkpoint of {run.path}")
-        elif code not in (EXIT_DONE, EXIT_STOPPED):
-            print(failure_text(run), file=sys.stderr)
-
-    @staticmethod
-    def _tell_short(run: Run, code: int) -> None:
-        """One line for a run among many."""
-        print(summary(run).splitlines()[0], flush=True)
 
 
 def check_gpus(wanted: int, device: str) -> None:
@@ -130,3 +116,15 @@ def check_gpus(wanted: int, device: str) -> None:
             f"visible; use cluster.nproc_per_node={visible}, or cluster.device=cpu for processes on "
             "the CPU"
         )
+
+
+def _report_failure(run: Run, code: int) -> None:
+    """Print why the only run failed; how it ended otherwise its rank 0 has printed itself."""
+    if code == EXIT_INTERRUPTED:
+        print(f"aborted; run the same command to resume from the last checkpoint in {run.path}")
+    elif code not in (EXIT_DONE, EXIT_STOPPED):
+        print(failure_text(run), file=sys.stderr)
+
+
+def _report_in_one_line(run: Run, code: int) -> None:
+    print(summary(run).splitlines()[0], flush=True)

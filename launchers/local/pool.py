@@ -1,103 +1,125 @@
-"""Many runs on one machine: as many at once as fit, each on devices of its own."""
+"""Many runs on one machine: as many at once as there are slots, each on devices of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from types import FrameType
-from typing import Any
 
 from atlas.errors import EXIT_STOPPED
 from atlas.run.directory import Run
 from atlas.run.signals import signals_to_handle
-from launchers.local.ranks import Ranks, warm_context
+from launchers.local.ranks import Ranks
 
-POLL_S = 0.1  # how long a signal waits to be handed on
-LAST_WORDS_S = 3.0
+POLL_S = 0.1  # the longest that a signal waits to be forwarded
+ABORT_S = 3.0  # how long ranks may take to end after a second Ctrl-C, before they are killed
+
+Slot = Sequence[str] | None  # the GPUs of one run by name, or None on the CPU
+
+
+@dataclass(frozen=True)
+class Active:
+    """A run that is being trained."""
+
+    index: int
+    run: Run
+    slot: Slot
+    ranks: Ranks
 
 
 class Pool:
-    """Leases places to runs: `gpus` by name, or `places` on the CPU, `size` ranks a run."""
+    """Runs started with `start(run, slot)`, as many at the same time as there are `slots`.
 
-    def __init__(self, size: int, gpus: Sequence[str], places: int, threads: int) -> None:
-        self._size = size
-        self._free_gpus = list(gpus)
-        self._on_gpus = bool(gpus)
-        self._places = len(gpus) // size if gpus else places
-        self._threads = threads
-        self._context = warm_context()
-        self._noted: list[int] = []
-        self._stopping = False
+    The first stop signal asks every run to save and stop, and no other run is started. A second
+    Ctrl-C aborts: ranks that have not ended `ABORT_S` later are killed.
+    """
+
+    def __init__(self, start: Callable[[Run, Slot], Ranks], slots: Sequence[Slot]) -> None:
+        self._start = start
+        self._free = list(slots)
+        self._active: list[Active] = []
+        self._is_stopping = False
         self._interrupts = 0
-        self._end_at = float("inf")
+        self._kill_at = float("inf")
 
-    def run(self, runs: Sequence[Run], ended: Callable[[Run, int], None]) -> list[int]:
-        """Run all of `runs`; `ended` is told of each as it ends. The exit codes, in order.
+    def run(self, runs: Sequence[Run], on_end: Callable[[Run, int], None]) -> list[int]:
+        """Run all of `runs` and return their exit codes in order; call `on_end` after each.
 
-        The first Ctrl-C (or SIGTERM, or SIGUSR2) asks every run to save and stop and starts no
-        more; the second Ctrl-C ends them at once.
+        A run that was not started, because of a stop signal, has the code of one that was stopped.
         """
-        codes = dict.fromkeys(range(len(runs)), EXIT_STOPPED)
-        waiting = list(range(len(runs)))
-        active: dict[int, tuple[Ranks, list[str]]] = {}
-        with Forwarding(self._noted):
-            while active or (waiting and not self._stopping):
-                while waiting and len(active) < self._places and not self._stopping:
-                    index = waiting.pop(0)
-                    active[index] = self._start(runs[index], alone=len(runs) == 1)
-                wait([s for ranks, _ in active.values() for s in ranks.sentinels], POLL_S)
-                self._hand_on(active)
-                for index in list(active):
-                    code = active[index][0].poll()
-                    if code is not None:
-                        codes[index] = code
-                        self._free_gpus += active.pop(index)[1]
-                        ended(runs[index], code)
-        return list(codes.values())
+        codes = [EXIT_STOPPED] * len(runs)
+        waiting = list(enumerate(runs))
+        with recorded_signals() as signals:
+            while self._active or (waiting and not self._is_stopping):
+                while waiting and self._free and not self._is_stopping:
+                    self._start_in_slot(*waiting.pop(0))
+                wait([s for active in self._active for s in active.ranks.sentinels], POLL_S)
+                self._forward(signals)
+                for active, code in self._ended():
+                    codes[active.index] = code
+                    on_end(active.run, code)
+        return codes
 
-    def _start(self, run: Run, alone: bool) -> tuple[Ranks, list[str]]:
-        gpus = [self._free_gpus.pop(0) for _ in range(self._size)] if self._on_gpus else []
-        devices = gpus if self._on_gpus else None
-        ranks = Ranks(self._context, run, self._size, devices, alone, self._threads)
-        return ranks, gpus
+    def _start_in_slot(self, index: int, run: Run) -> None:
+        slot = self._free.pop(0)
+        self._active.append(Active(index, run, slot, self._start(run, slot)))
 
-    def _hand_on(self, active: dict[int, tuple[Ranks, list[str]]]) -> None:
-        """Give every rank the signals that came; ranks that a second Ctrl-C cannot move are ended."""
-        while self._noted:
-            number = self._noted.pop(0)
-            self._stopping = True
+    def _forward(self, signals: list[int]) -> None:
+        """Send every rank the recorded `signals`, and kill those that an abort did not end."""
+        while signals:
+            number = signals.pop(0)
+            self._is_stopping = True
             self._interrupts += number == signal.SIGINT
             if self._interrupts == 2:
-                self._end_at = time.monotonic() + LAST_WORDS_S
-            for ranks, _ in active.values():
-                ranks.signal(number)
-        if time.monotonic() > self._end_at:
-            for ranks, _ in active.values():
-                ranks.signal(signal.SIGKILL)
+                self._kill_at = time.monotonic() + ABORT_S
+            self._signal_all(number)
+        if time.monotonic() > self._kill_at:
+            self._signal_all(signal.SIGKILL)
+
+    def _signal_all(self, number: int) -> None:
+        for active in self._active:
+            active.ranks.signal(number)
+
+    def _ended(self) -> Iterator[tuple[Active, int]]:
+        """Yield the runs that have ended with their exit codes, and free their slots."""
+        for active in list(self._active):
+            code = active.ranks.poll()
+            if code is not None:
+                self._active.remove(active)
+                self._free.append(active.slot)
+                yield active, code
 
 
-class Forwarding:
-    """A context in which the signals that stop a run are noted instead of obeyed."""
+@contextlib.contextmanager
+def recorded_signals() -> Iterator[list[int]]:
+    """Record the signals that stop a run in a list, instead of obeying them.
 
-    def __init__(self, noted: list[int]) -> None:
-        self._noted = noted
-        self._pid = os.getpid()
-        self._before: dict[int, Any] = {}
+    Ranks must get each signal exactly once: a second Ctrl-C means abort. A terminal sends Ctrl-C to
+    every process of its foreground group, and Slurm and `timeout` signal whole process groups, so
+    ranks would get it from there and again from the launcher. Therefore every rank is in a process
+    group of its own (`ranks.enter`), and only the launcher hears what comes from outside and
+    forwards it. It forwards in `Pool.run` and not in the handler, which can run in the middle of
+    starting a rank: that rank would be missed.
+    """
+    signals: list[int] = []
+    pid = os.getpid()
 
-    def __enter__(self) -> None:
-        for number in signals_to_handle():
-            self._before[number] = signal.signal(number, self._note)
+    def record(number: int, _: FrameType | None) -> None:
+        if os.getpid() != pid:
+            return  # a child that was just forked and still has this handler
+        signals.append(number)
+        if number == signal.SIGINT:
+            print("\nstopping and saving; Ctrl-C again aborts", file=sys.stderr)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+    before = {number: signal.signal(number, record) for number in signals_to_handle()}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() == self._pid:
-            self._noted.append(number)
-            if number == signal.SIGINT:
-                print("\nstopping and saving; Ctrl-C again leaves at once", file=sys.stderr)

@@ -1,4 +1,14 @@
-"""The processes of one run on this machine: started, watched, stopped together."""
+"""The ranks of one run on this machine: started, watched and stopped together.
+
+Ranks are forked from a warm process, Python's fork server, which has imported torch once. Importing
+torch takes seconds and most of the start of a small run; forked ranks share it, and so do all runs of
+a sweep. Ranks cannot be forked from the launcher itself: it does not import torch (so that a wrong
+command line is refused at once), and it may have threads by then, whose locks a fork would copy in
+whatever state they are.
+
+Torch elastic (torchrun's agent) is not used here: it would import torch in the launcher, and it turns
+exit code 75, by which a rank reports that it was stopped and saved, into a failure.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +19,8 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from atlas import worker
@@ -24,15 +35,15 @@ from atlas.system.terminal import ignore_closed_output
 
 
 def warm_context() -> ForkServerContext:
-    """A context whose processes are forked from one that has imported torch once.
+    """Return a context whose processes are forked from one that has imported torch.
 
-    Asked for early, it imports torch while the configurations are still being composed.
+    Called early, that process imports torch while the configurations are still being composed.
     """
     context = multiprocessing.get_context("forkserver")
     # `__main__` too: otherwise every rank would import train.py, and Hydra with it.
     context.set_forkserver_preload(["__main__", "launchers.local.warm"])
-    # What asks all processes to stop, as a terminal, Slurm and `timeout` do, is for the launcher. It
-    # would end this one, and with it the ranks.
+    # The warm process is in the launcher's process group and must ignore what stops that group:
+    # if it ended, the ranks would end with it. It inherits what is ignored here.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
         multiprocessing.forkserver.ensure_running()
@@ -43,22 +54,28 @@ def warm_context() -> ForkServerContext:
 
 
 class Ranks:
-    """The ranks of one run; `gpus` are the devices they may use (None: whatever is visible).
+    """The processes of one run, in the order of their ranks."""
 
-    A run that is `alone` has its rank 0 on the terminal and its own shipper. `threads` is how many
-    each rank computes with on the CPU.
-    """
+    def __init__(self, run: Run, processes: Sequence[BaseProcess]) -> None:
+        self.run = run
+        self._processes = processes
 
-    def __init__(
-        self,
+    @classmethod
+    def start(
+        cls,
         context: ForkServerContext,
         run: Run,
         world_size: int,
         gpus: Sequence[str] | None,
-        alone: bool,
+        is_alone: bool,
         threads: int,
-    ) -> None:
-        self.run = run
+    ) -> Ranks:
+        """Start the ranks of `run`.
+
+        `gpus` are the devices that they may use; with None they see what the launcher sees. A run
+        that `is_alone` has its rank 0 on the terminal and a shipper of its own. Each rank computes
+        with `threads` threads on the CPU.
+        """
         run.failure_file.unlink(missing_ok=True)
         shared = {
             "WORLD_SIZE": str(world_size),
@@ -68,22 +85,21 @@ class Ranks:
             "ATLAS_LAUNCHER": "local",
             "ATLAS_SUPERVISED": "1",
             "ATLAS_THREADS": str(threads),
-            **({} if alone else {SHIPPED_BY_POOL: "1"}),
+            **({} if is_alone else {SHIPPED_BY_POOL: "1"}),
             **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}),
         }
-        self._processes: list[ForkServerProcess] = []
+        processes = []
         for rank in range(world_size):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            log = None if alone and rank == 0 else run.logs / f"rank{rank}.log"
-            process = context.Process(
-                target=_enter, args=(str(run.path), environment, str(log) if log else None)
-            )
+            log = None if is_alone and rank == 0 else str(run.logs / f"rank{rank}.log")
+            process = context.Process(target=enter, args=(str(run.path), environment, log))
             process.start()
-            self._processes.append(process)
+            processes.append(process)
+        return cls(run, processes)
 
     @property
     def sentinels(self) -> list[int]:
-        """What becomes ready when a rank that still runs ends."""
+        """File descriptors that become ready when a rank that still runs ends."""
         return [p.sentinel for p in self._processes if p.exitcode is None]
 
     def signal(self, number: int) -> None:
@@ -93,37 +109,38 @@ class Ranks:
                 os.kill(process.pid, number)
 
     def poll(self) -> int | None:
-        """The exit code of the run once every rank has ended, else None.
+        """Return the exit code of the run once every rank has ended, else None.
 
-        When a rank fails the others wait for it in vain: they are stopped at once, and what the
-        first one to fail had to say is recorded.
+        When a rank fails, the others wait for it in a collective and would never end. They are
+        killed at once, and the failure of the first one is recorded.
         """
         codes = [p.exitcode for p in self._processes]
-        bad = [c for c in codes if c not in (None, EXIT_DONE, EXIT_STOPPED)]
-        if bad:
+        failed = [c for c in codes if c not in (None, EXIT_DONE, EXIT_STOPPED)]
+        if failed:
             self.signal(signal.SIGKILL)
             for process in self._processes:
                 process.join()
-            self._record(codes)
-            return EXIT_INTERRUPTED if EXIT_INTERRUPTED in bad else EXIT_FAILED
+            self._record_failure(codes)
+            return EXIT_INTERRUPTED if EXIT_INTERRUPTED in failed else EXIT_FAILED
         if None in codes:
             return None
         return max(c for c in codes if c is not None)
 
-    def _record(self, codes: Sequence[int | None]) -> None:
-        """Leave the reason in `status.json`, for a rank that could not say it by itself too."""
+    def _record_failure(self, codes: Sequence[int | None]) -> None:
+        """Write the reason to `status.json`, also for a rank that was killed and could not."""
         if self.run.lock.live_holder():
-            return  # ours are gone: another process has the run, and it is not ours to judge
+            return  # our ranks have ended, so another process has taken the run over
         failure = self.run.read_failure()
         if failure is None:
-            failure = record_exit(
-                self.run, *next((r, c) for r, c in enumerate(codes) if c not in (None, 0, 75))
-            )
+            well = (None, EXIT_DONE, EXIT_STOPPED)
+            rank, code = next((r, c) for r, c in enumerate(codes) if c not in well)
+            assert code is not None
+            failure = record_exit(self.run, rank, code)
         end_if_running(self.run, State(failure["state"]), failure["reason"])
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
+    """Return a TCP port of the loopback interface that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -131,11 +148,11 @@ def free_port() -> int:
 
 
 def failure_text(run: Run) -> str:
-    """What the first rank to fail had to say, and where its log is."""
+    """Return the error of the first rank that failed, and where its log is."""
     failure = run.read_failure()
     if failure is None:
         try:
-            run.refuse_if_live()  # another process had the lock before ours
+            run.refuse_if_live()  # another process took the lock before our ranks
         except RunBusyError as error:
             return f"error: {error}"
         return f"error: {run.read_status().reason}\nits logs are in {run.logs}"
@@ -146,11 +163,11 @@ def failure_text(run: Run) -> str:
     return f"{failure['traceback']}\n{where}"
 
 
-def _enter(path: str, environment: Mapping[str, str], log: str | None) -> None:
-    """What a rank does from its fork on."""
-    die_with_parent()  # which is the warm process, and that ends with the launcher
-    os.setpgrp()  # a terminal's Ctrl-C goes to the launcher, which hands it on once
-    for number in STOP_SIGNALS:  # which the warm process ignores
+def enter(path: str, environment: Mapping[str, str], log: str | None) -> None:
+    """Train as one rank of the run in `path`, and exit; called in the forked process."""
+    die_with_parent()  # the parent is the warm process, which ends with the launcher
+    os.setpgrp()  # the launcher alone hears the terminal's Ctrl-C, and forwards it once
+    for number in STOP_SIGNALS:  # the warm process ignores them
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
