@@ -1,4 +1,4 @@
-"""The entry point of batch scripts, `python -m launchers.epilog RUN/slurm/JOB`: a stable name."""
+"""A stable name: batch scripts in the queue call `python -m launchers.epilog FOLDER`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""What needs the model in hand, checked before a run is queued: in a child process, which has torch."""
+"""Checks that need the model and the data, made in a child process before a run is queued.
+
+A wrong module path or a batch that does not fit the model would otherwise end a job after hours in
+the queue. The launcher itself does not import torch, so a child process builds the model.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +21,23 @@ from atlas.errors import ConfigError
 from atlas.system.files import digest_of_json, digest_of_parts, write_json
 from atlas.version import ROOT
 
-LIMIT_S = 600.0  # a child that takes longer is ended, and its configurations count as not checked
-# What of a configuration decides whether a model can be built and fed, less what does not matter.
+LIMIT_S = 600.0  # a child that takes longer is killed, and its configurations are not checked
+# The part of a configuration that decides whether a model can be built and fed.
 SECTIONS = ("model", "data", "optim")
 WITHOUT = ("data.workers", "optim.lr", "optim.scale_lr", "optim.base_batch_size")
-MOST_FILES = 2000  # a folder that is no project, such as a home, is not read to its end
+MOST_FILES = 2000  # of a folder that is not a project, such as a home, only so many are read
 LIBRARIES = ("torch", "hydra-core", "omegaconf", "numpy", "transformers")
 
 
 def preflight(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[str]:
-    """Raise `ConfigError` with everything that is wrong; returns what could not be checked here.
+    """Raise `ConfigError` with everything that is wrong; return what could not be checked here.
 
-    Configurations that differ in nothing that matters are checked once, and a pass is remembered
-    below `outputs` until they or the code change.
+    Configurations that are alike in what matters are checked once. A check that passed is stored
+    below `outputs` and not repeated until the configuration or the code changes.
     """
-    code = code_digest([ROOT / "atlas", *_own_folders()])
+    code = code_digest([ROOT / "atlas", *_user_folders()])
     distinct = {_digest(code, config): config for config in configs}
-    found = {digest: _remembered(config, digest) for digest, config in distinct.items()}
+    found = {digest: _load(config, digest) for digest, config in distinct.items()}
     missing = [digest for digest, report in found.items() if report is None]
     if missing:
         reports = _ask_child([distinct[digest] for digest in missing], world_size)
@@ -42,13 +46,13 @@ def preflight(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[str
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     for digest in missing:
-        _remember(distinct[digest], digest, found[digest])
+        _store(distinct[digest], digest, found[digest])
     notes = [text for report in found.values() if report for text in report["unchecked"]]
     return list(dict.fromkeys(notes))
 
 
 def code_digest(folders: Sequence[Path]) -> str:
-    """Of the contents of every Python file below `folders` (in git: tracked or not ignored)."""
+    """Return a digest of every Python file below `folders`; in git, of those that it does not ignore."""
     paths = (path for folder in folders for path in _sources(folder))
     return digest_of_parts(
         part for path in paths for part in (str(path).encode(), path.read_bytes())
@@ -66,8 +70,8 @@ def _sources(folder: Path) -> list[Path]:
     return [path for name in sorted(set(names)) if name and (path := folder / name).is_file()]
 
 
-def _own_folders() -> list[Path]:
-    """The folders on `sys.path` that are neither Python's nor Atlas's: a person's own modules."""
+def _user_folders() -> list[Path]:
+    """Return the folders on `sys.path` with the user's own modules: neither Python's nor Atlas's."""
     installed = [Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]
     folders = [Path(entry).resolve() for entry in sys.path if entry and Path(entry).is_dir()]
     return [
@@ -97,31 +101,31 @@ def _file(config: Mapping[str, Any], digest: str) -> Path:
     return Path(config["outputs"]) / ".preflight" / f"{digest}.json"
 
 
-def _remembered(config: Mapping[str, Any], digest: str) -> dict[str, Any] | None:
+def _load(config: Mapping[str, Any], digest: str) -> dict[str, Any] | None:
     try:
         return dict(json.loads(_file(config, digest).read_text()))
     except (OSError, ValueError):
         return None
 
 
-def _remember(config: Mapping[str, Any], digest: str, report: Mapping[str, Any] | None) -> None:
+def _store(config: Mapping[str, Any], digest: str, report: Mapping[str, Any] | None) -> None:
     file = _file(config, digest)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, report)
 
 
 def _ask_child(configs: Sequence[Mapping[str, Any]], world_size: int) -> list[dict[str, Any]]:
-    """A report for each of `configs`: `{"problems": [...], "unchecked": [...]}`."""
+    """Return a report for each of `configs`: `{"problems": [...], "unchecked": [...]}`."""
     question = {"sys_path": sys.path, "world_size": world_size, "configs": list(configs)}
-    # A login node's GPU, if it has one, is not what the run will see.
-    place = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    # A login node's GPU, if it has one, is not the one that the run will use.
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "atlas.training.dry_run.preflight"],
             input=json.dumps(question),
             capture_output=True,
             text=True,
-            env={**os.environ, **place},
+            env={**os.environ, **environment},
             timeout=LIMIT_S,
         )
         answer = json.loads(done.stdout)

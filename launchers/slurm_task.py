@@ -1,4 +1,4 @@
-"""The dotted name that jobs hold which an earlier version queued: their pickles name it."""
+"""A stable name: pickles of jobs that an earlier version queued name `launchers.slurm_task.Task`."""
 
 from launchers.slurm.task import Task
 

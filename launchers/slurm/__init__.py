@@ -1,4 +1,4 @@
-"""Runs on a Slurm cluster, submitted through submitit."""
+"""Runs as jobs in Slurm's queue."""
 
 from launchers.slurm.launcher import SlurmLauncher
 

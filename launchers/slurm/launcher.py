@@ -13,7 +13,7 @@ from atlas.run.directory import Run
 from launchers.base import Handle, Launcher
 from launchers.slurm import submission
 from launchers.slurm.handle import SlurmHandle
-from launchers.slurm.queue import QueuedJob, array_limit, queue, tested
+from launchers.slurm.queue import QueuedJob, array_limit, queue, sbatch_verdict
 from launchers.slurm.sbatch import BatchJob
 from launchers.slurm.settings import SlurmSettings, problems
 
@@ -70,7 +70,7 @@ class SlurmLauncher(Launcher):
     def script(self, run: Run, config: Mapping[str, Any]) -> str:
         """Return the batch script, and what sbatch --test-only says about it."""
         text = self._job([run], submission.next_folder(run)).script()
-        return text + tested(text)
+        return text + sbatch_verdict(text)
 
     def submit(self, runs: Sequence[Run]) -> list[Handle]:
         """Queue `runs`: one as a job, more as job arrays within the cluster's limit."""

@@ -1,4 +1,8 @@
-"""Asking Slurm: its queue, its jobs, its limits; needs neither submitit nor accounting."""
+"""What Slurm says about its queue, its jobs and its limits, without submitit.
+
+squeue is used and not sacct: many clusters have no accounting, and squeue still knows a job for
+minutes after its end (MinJobAge).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,8 @@ from typing import NamedTuple
 
 from atlas.errors import AtlasError
 
-# What Slurm calls a job that is over. COMPLETING is not here: a job that is being requeued is so
-# called while its old processes end.
+# Slurm's states of a job that has ended. COMPLETING is not among them: a job that is being requeued
+# has that state while its old processes end.
 ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
@@ -34,10 +38,9 @@ class QueuedJob(NamedTuple):
 
 
 def job_state(job_id: str) -> str | None:
-    """Slurm's word for a job that is queued, running or has just ended, such as PENDING.
+    """Return Slurm's state of a job, such as PENDING, or None if it does not know the job.
 
-    None: the controller does not know it, so it ended minutes ago or never was. Asks squeue, which
-    needs no accounting; raises `AtlasError` where the controller cannot be asked.
+    It forgets a job some minutes after its end. Raise `AtlasError` if Slurm does not answer.
     """
     found = queue(["-j", str(job_id)]).get(str(job_id))
     return found.state if found else None
@@ -55,13 +58,13 @@ def queue(selection: Sequence[str]) -> dict[str, QueuedJob]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise AtlasError(f"Slurm's queue cannot be read: {error}") from error
     if done.returncode and "Invalid job id" not in done.stderr:
-        raise AtlasError(f"Slurm's queue cannot be read: {sentence(done.stderr)}")
+        raise AtlasError(f"Slurm's queue cannot be read: {one_line(done.stderr)}")
     rows = (line.split("|", 2) for line in done.stdout.splitlines())
     return {job: QueuedJob(state, script) for job, state, script in rows}
 
 
 def array_limit() -> int:
-    """The largest number of tasks in a job array here (MaxArraySize)."""
+    """Return the largest number of tasks that a job array may have here (MaxArraySize)."""
     for line in output("scontrol", "show", "config").splitlines():
         name, _, value = line.partition("=")
         if name.strip() == "MaxArraySize":
@@ -70,7 +73,7 @@ def array_limit() -> int:
 
 
 def output(*command: str) -> str:
-    """What one of Slurm's commands prints; nothing where it cannot be asked."""
+    """Return what one of Slurm's commands prints, or "" if it cannot be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S)
     except (OSError, subprocess.TimeoutExpired):
@@ -79,7 +82,7 @@ def output(*command: str) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """The host that rank 0 runs on, from a list such as `n[1-3],m5`."""
+    """Return the host that rank 0 runs on, from a list such as `n[1-3],m5`."""
     if not set("[,") & set(nodes):
         return nodes
     hosts = output("scontrol", "show", "hostnames", nodes).split()
@@ -89,14 +92,17 @@ def first_host(nodes: str) -> str:
 
 
 def is_preempted() -> bool:
-    """Whether Slurm ends this job for another one; with a grace time it says so by SIGTERM."""
+    """Return whether Slurm is ending this job for another one.
+
+    With a grace time the job gets SIGTERM then, as it does from scancel.
+    """
     job = output("scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"])
     fields = dict(part.partition("=")[::2] for part in job.split())
     return fields.get("PreemptTime", "None") != "None"
 
 
 def seconds(left: str) -> float | None:
-    """squeue's `[days-]hours:minutes:seconds` (or fewer of them); None where it is no time."""
+    """Return squeue's `[days-]hours:minutes:seconds` (or fewer parts) in seconds, or None."""
     days, _, clock = left.rpartition("-")
     try:
         total = 0.0
@@ -109,9 +115,9 @@ def seconds(left: str) -> float | None:
 
 @contextlib.contextmanager
 def outside_allocation() -> Iterator[None]:
-    """Within a job's environment: without what would be taken for options of a new job.
+    """Remove a job's variables from the environment: a new job would take them for its options.
 
-    Outside of a job nothing changes; SBATCH_* variables are then the person's own defaults.
+    Outside a job nothing changes; SBATCH_* variables are the user's own defaults there.
     """
     before = dict(os.environ)
     if "SLURM_JOB_ID" in before:
@@ -124,19 +130,19 @@ def outside_allocation() -> Iterator[None]:
         os.environ.update(before)
 
 
-def tested(script: str) -> str:
-    """What Slurm says of `script` without queueing it, as a comment."""
+def sbatch_verdict(script: str) -> str:
+    """Return what sbatch says about `script` without queueing it, as a comment."""
     if not shutil.which("sbatch"):
-        return "\n# sbatch --test-only: there is no sbatch on this machine"
+        return "\n# sbatch --test-only: sbatch is not installed on this machine"
     with outside_allocation():
         done = subprocess.run(
             ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=QUERY_S
         )
-    return f"\n# sbatch --test-only: {sentence(done.stderr or done.stdout)}"
+    return f"\n# sbatch --test-only: {one_line(done.stderr or done.stdout)}"
 
 
-def sentence(error: object) -> str:
-    """Slurm's messages in one line, less the name of the command."""
+def one_line(error: object) -> str:
+    """Return Slurm's messages as one line, without the name of the command."""
     lines = (
         line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).split("\n")
     )

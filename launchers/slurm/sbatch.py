@@ -15,7 +15,7 @@ from atlas.errors import AtlasError
 from atlas.run.directory import Run
 from atlas.version import ROOT
 from launchers.slurm import epilog
-from launchers.slurm.queue import outside_allocation, sentence
+from launchers.slurm.queue import one_line, outside_allocation
 from launchers.slurm.settings import SlurmSettings
 from launchers.slurm.task import Task
 
@@ -61,7 +61,7 @@ class BatchJob:
                     return [executor.submit(tasks[0]).job_id]
                 return [job.job_id for job in executor.submit_array(tasks)]
         except (FailedJobError, FailedSubmissionError) as error:
-            raise AtlasError(f"sbatch refused the job: {sentence(error)}") from error
+            raise AtlasError(f"sbatch refused the job: {one_line(error)}") from error
 
     def parameters(self) -> dict[str, Any]:
         """Return the parameters that submitit writes the batch script from."""
