@@ -29,11 +29,11 @@ def rank(number: int, size: int, port: int, answer: Connection) -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from atlas.training.ranks import world as distributed
     from atlas.training.ranks.agreement import Agreement, Requests
+    from atlas.training.ranks.world import join_ranks, leave_ranks
 
     torch.set_num_threads(1)
-    world = distributed.init("cpu")
+    world = join_ranks("cpu")
     model = torch.nn.parallel.DistributedDataParallel(
         torch.nn.Sequential(
             torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, 1)
@@ -63,7 +63,7 @@ def rank(number: int, size: int, port: int, answer: Connection) -> None:
     if world.is_main:
         answer.send((took[False][2:], took[True][2:]))
     world.barrier()
-    distributed.finish()
+    leave_ranks()
 
 
 def measure(size: int) -> tuple[list[float], list[float]]:

@@ -47,7 +47,7 @@ def build(settings: Settings, world_size: int, device: torch.device) -> Parts:
     model.to(CPU if is_sharded and not hollow else device)
     groups, optimizer = arrange(settings, model, world_size, device)
     if is_sharded:
-        sharding.check(model)
+        sharding.check_shardable(model)
     if settings.data.cache_features:
         features.check(model, [data for data in (train, val) if data is not None])
     return Parts(train, val, spec, model, groups, optimizer)

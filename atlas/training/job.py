@@ -26,9 +26,8 @@ from atlas.training.feeding.stream import TrainStream
 from atlas.training.optimization.ema import Ema
 from atlas.training.optimization.precision import set_determinism
 from atlas.training.parts import Parts
-from atlas.training.ranks import world as distributed
 from atlas.training.ranks.sharding import shard
-from atlas.training.ranks.world import World
+from atlas.training.ranks.world import World, join_ranks, leave_ranks
 from atlas.training.saving.checkpoint import Checkpoints, best_weights, load_weights
 from atlas.training.saving.frozen import frozen_state
 from atlas.training.trainer import Outcome, Trainer, TrainState
@@ -44,7 +43,7 @@ def train(run: Run, config: Mapping[str, Any], lock: Lock | None, stop: Stop) ->
     require_trust(run.config_file, config)
     settings = Settings.of(config)
     set_determinism(settings.trainer.deterministic)
-    world = distributed.init(settings.cluster.device)
+    world = join_ranks(settings.cluster.device)
     try:
         parts = build(settings, world.size, world.device)
         for doubt in doubts(settings.data.raw, parts) if world.is_main else ():
@@ -65,7 +64,7 @@ def train(run: Run, config: Mapping[str, Any], lock: Lock | None, stop: Stop) ->
         tracker = RunTracker(run, lock, config) if lock else NullTracker()
         return fit(tracker, settings.trainer, world, state, trainer)
     finally:
-        distributed.finish()
+        leave_ranks()
 
 
 def begin(

@@ -26,7 +26,7 @@ from atlas.training.optimization.gradient import Gradient, Sums
 from atlas.training.optimization.precision import autocast
 from atlas.training.parts import Parts
 from atlas.training.ranks.agreement import Agreement, Requests
-from atlas.training.ranks.sharding import replicated
+from atlas.training.ranks.sharding import make_replica
 from atlas.training.ranks.world import World
 from atlas.training.saving.checkpoint import Checkpoints
 from atlas.training.saving.frozen import frozen_modules, frozen_names
@@ -89,7 +89,7 @@ class Trainer:
         self.gradient = Gradient(self.optimizer, world, self.settings.clip_norm)
         self.agreement = Agreement(world)
         self.validation = self._validation(settings)
-        self.replica = replicated(parts.model, world, self.settings.compile)
+        self.replica = make_replica(parts.model, world, self.settings.compile)
         self.window = Window()
         self.ahead = ReadAhead(stream, stop, self.accumulate)
         self._eval_for_good = frozen_modules(parts.model)
@@ -143,7 +143,7 @@ class Trainer:
         try:
             with self._averages(), self.replica.evaluating():
                 metrics = self.validation.run(
-                    model, self.replica.calls, self._interrupted, self.stop.wait
+                    model, self.replica.caller, self._interrupted, self.stop.wait
                 )
         finally:
             self.train_mode()
@@ -214,7 +214,7 @@ class Trainer:
         if ended is None and self.state.step < self.steps and self.world.size > 1:
             # A copy: it is trained on after this, and a model may change its batch in place.
             batch = to_device(copy.deepcopy(self.ahead.first()), self.world.device)
-            self.replica.settle(batch, self.state.step, self.seeds, self.autocast)
+            self.replica.warm_up(batch, self.state.step, self.seeds, self.autocast)
         return ended
 
     def _look_ahead(self, step: int, batches: Iterator[Any]) -> None:
@@ -250,7 +250,7 @@ class Trainer:
         if self._validation_due() and not requests.end:
             with contextlib.suppress(Interrupted):  # then it is validated after the restart
                 improved = self.validate()
-            requests = requests.and_also(self.agreement.read())
+            requests = requests.merged(self.agreement.read())
         ended = self._ended(requests)
         if improved or ended or requests.save or self._save_due():
             self.save()
@@ -269,7 +269,7 @@ class Trainer:
         """Whether the ranks had agreed to stop a round of validation ago."""
         agreed = self.agreement.read()
         mine = Requests(stop=self.stop.code, time_up=self._time_up())
-        self.agreement.start(mine.and_also(agreed))
+        self.agreement.start(mine.merged(agreed))
         return agreed.end
 
     def _ended(self, requests: Requests) -> Outcome | None:

@@ -19,7 +19,7 @@ from atlas.training.feeding.randomness import StepSeeds
 from atlas.training.feeding.stream import ValidationStream, to_device
 from atlas.training.feeding.workers import ending, following
 from atlas.training.optimization.gradient import loss_of, scalars
-from atlas.training.ranks.joint_calls import Calls
+from atlas.training.ranks.joint_calls import Caller
 from atlas.training.ranks.world import World
 
 
@@ -65,7 +65,7 @@ class Validation:
     def run(
         self,
         model: nn.Module,
-        calls: Callable[[Callable[[Any], Any]], Calls],
+        calls: Callable[[Callable[[Any], Any]], Caller],
         interrupted: Callable[[], bool],
         wait: Callable[[Callable[[], Any]], Any],
     ) -> dict[str, float]:
@@ -88,7 +88,7 @@ class Validation:
         return metrics
 
     def _measure(
-        self, forward: Calls, interrupted: Callable[[], bool], following: Callable[[], Any]
+        self, forward: Caller, interrupted: Callable[[], bool], following: Callable[[], Any]
     ) -> dict[str, float]:
         sums: dict[str, Any] = {"weight": 0.0, "loss": 0.0}
         for _ in range(self._rounds):
@@ -127,7 +127,7 @@ class Validation:
         }
 
     def _rollouts(
-        self, model: Any, calls: Callable[[Callable[[Any], Any]], Calls]
+        self, model: Any, calls: Callable[[Callable[[Any], Any]], Caller]
     ) -> dict[str, float]:
         """The mean of each outcome over the data set's scenes, such as `val/success`."""
         scenes = range(scenes_of(self._dataset))

@@ -165,7 +165,7 @@ def gathered(model: nn.Module) -> float:
     The root, whose gradients are complete last; and of blocks, one that runs and one that comes next,
     the former's gradients and what they are sent away from.
     """
-    block_of = sharding.block_of(model)
+    block_of = sharding.unit_of(model)
     found: dict[str, int] = {"": 0}
     for name, parameter in model.named_parameters():
         both = size(parameter) * (2 if parameter.requires_grad else 1)

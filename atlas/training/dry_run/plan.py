@@ -18,7 +18,7 @@ from atlas.training.dry_run.memory import Estimate, estimate
 from atlas.training.dry_run.preflight import META
 from atlas.training.optimization.precision import check_precision
 from atlas.training.parts import Parts
-from atlas.training.ranks import world as distributed
+from atlas.training.ranks.world import choose_device
 from atlas.training.trainer import validation_interval
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -32,7 +32,7 @@ def detail(settings: Settings, world_size: int, elsewhere: bool = False) -> str:
     precision does not matter.
     """
     wanted = settings.cluster.device
-    device = CPU if elsewhere else distributed.choose_device(wanted, 0)
+    device = CPU if elsewhere else choose_device(wanted, 0)
     if not elsewhere:
         check_precision(settings.trainer.precision, device)
     parts = hollow(settings, world_size)

@@ -81,7 +81,7 @@ def check(config: Mapping[str, Any], world_size: int) -> Report:
     if groups is not None:
         optim.freeze(groups)
         if settings.cluster.is_sharded(world_size):
-            report.attempt("cluster.sharding", lambda: sharding.check(model))
+            report.attempt("cluster.sharding", lambda: sharding.check_shardable(model))
         sets = [part for part in data or () if part is not None]
         if settings.data.cache_features:
             report.attempt("data.cache_features", lambda: features.check(model, sets))

@@ -10,7 +10,7 @@ import torch
 
 from atlas.errors import ConfigError
 from atlas.training.optimization.optimizer import Optimizer, total_norm
-from atlas.training.ranks.world import World, is_cut
+from atlas.training.ranks.world import World, is_sharded
 
 Number = float | torch.Tensor
 _TINY = 1e-12
@@ -74,7 +74,7 @@ class Gradient:
         self._optimizer = optimizer
         self._world = world
         self._clip = clip_norm
-        self._cut = any(map(is_cut, optimizer.parameters))
+        self._cut = any(map(is_sharded, optimizer.parameters))
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=world.device)
 
     def finish(self, step: int, sums: Sums) -> tuple[Number, torch.Tensor | None]:

@@ -13,7 +13,7 @@ from torch import nn
 from atlas.errors import ConfigError, nearest
 from atlas.schedule import LearningRate
 from atlas.training.optimization.dynamo import bare_step, spare_compiler
-from atlas.training.ranks.world import local
+from atlas.training.ranks.world import local_part
 
 REST = "rest"  # the group of parameters that no multiplier path matches
 _NORMS = (
@@ -115,7 +115,7 @@ class Optimizer:
 
         A parameter that the loss did not use has none.
         """
-        return [local(p.grad) for p in self.parameters if p.grad is not None]
+        return [local_part(p.grad) for p in self.parameters if p.grad is not None]
 
     def step(self, good: torch.Tensor | None) -> None:
         """Update the weights, unless the flag `good` on the device says that the gradient is bad.

@@ -1,4 +1,15 @@
-"""How ranks agree to stop or to save at the same step without waiting for each other."""
+"""How ranks agree to stop or to save at the same step without waiting for each other.
+
+A signal reaches each rank at another moment, and a clock runs out at another moment on each. A rank that
+stopped by itself would leave the others in the gradient's all-reduce of the next update, where they
+would wait until a timeout of half an hour. So ranks stop only after an update that all have agreed on.
+
+The agreement is a maximum over all ranks' requests. To wait for it would cost every step a round trip,
+so it is started while an update is being finished and read after that update, on a CPU group beside the
+update's own work: a request takes effect at most one update later. Every rank starts and reads equally
+often, once an update and once a round of a validation. That is the whole protocol: as long as it holds,
+all ranks read the same answer at the same place.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +22,11 @@ from atlas.training.ranks.world import World
 
 
 class Requests(NamedTuple):
-    """What a rank wants: `stop` is a `Stop.code`, `save` 1 where a checkpoint is due by the clock,
-    `time_up` 1 where `trainer.max_time` is over."""
+    """What a rank asks for.
+
+    `stop`: a `Stop.code`. `save`: 1 if a checkpoint is due by the clock. `time_up`: 1 if
+    `trainer.max_time` is over.
+    """
 
     stop: int = 0
     save: int = 0
@@ -20,20 +34,16 @@ class Requests(NamedTuple):
 
     @property
     def end(self) -> bool:
-        """Whether the run is to be left."""
+        """Whether the run is to end."""
         return bool(self.stop or self.time_up)
 
-    def and_also(self, other: Requests) -> Requests:
-        """Both: the maximum of each."""
+    def merged(self, other: Requests) -> Requests:
+        """Return both requests as one: the maximum of each field."""
         return Requests(*map(max, self, other))
 
 
 class Agreement:
-    """The maximum of all ranks' requests, started while an update is finished and read after it.
-
-    The reduction runs on a CPU group beside the update, so that nothing waits for it; alone, a rank
-    agrees with itself at once.
-    """
+    """The maximum of all ranks' requests; a single rank agrees with itself at once."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -42,7 +52,7 @@ class Agreement:
         self._alone = Requests()
 
     def start(self, mine: Requests) -> None:
-        """Say what this rank wants; every rank has to read the answer before it starts again."""
+        """Start to exchange requests; every rank must `read` the answer before it starts again."""
         if self._world.size == 1:
             self._alone = mine
             return
@@ -52,7 +62,7 @@ class Agreement:
         )
 
     def read(self) -> Requests:
-        """What the ranks want; nothing where they were not asked since this was last read."""
+        """Return what the ranks agreed on, and no request if none was started since the last read."""
         if self._world.size == 1:
             mine, self._alone = self._alone, Requests()
             return mine

@@ -1,4 +1,11 @@
-"""Calls of a model in an evaluation, where ranks can have different numbers of batches."""
+"""Calls of a model in an evaluation, where ranks can have different numbers of batches.
+
+A sharded model cannot be called by one rank alone: to run a layer is to gather its weights, a collective
+in which every rank takes part. In training all ranks have equally many batches. In a validation or a
+rollout they may not, and a rank that stopped calling would leave the others waiting for ever. So before
+each call the ranks agree whether any of them has a batch; if so, every rank calls, and a rank
+without a batch calls with a copy of another one and drops the result.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +18,8 @@ import torch.distributed as dist
 from atlas.training.ranks.world import World
 
 
-class Calls:
-    """Calls `call` with a batch; no rank needs another for it."""
+class Caller:
+    """Calls a model with a batch, independently of the other ranks."""
 
     def __init__(self, call: Callable[[Any], Any]) -> None:
         self._call = call
@@ -21,16 +28,12 @@ class Calls:
         return self._call(batch)
 
     def skip(self) -> bool:
-        """Without a batch where the other ranks may have one; whether one of them had."""
+        """Take part in a call without a batch of one's own; return whether any rank had one."""
         return False
 
 
-class SharedCalls(Calls):
-    """Calls that all ranks make together, since each needs the weights that the others hold.
-
-    Every rank has to call or to skip equally often. One that skips while another has a batch calls as
-    well, with the last that it had, or a copy of the other's, and drops what comes of it.
-    """
+class JointCaller(Caller):
+    """Calls a sharded model on all ranks together; each rank must call or skip equally often."""
 
     def __init__(self, call: Callable[[Any], Any], world: World) -> None:
         super().__init__(call)
@@ -39,22 +42,22 @@ class SharedCalls(Calls):
 
     def __call__(self, batch: Any) -> Any:
         self._batch = batch
-        self._meet(has_batch=True)
+        self._agree(has_batch=True)
         return self._call(batch)
 
     def skip(self) -> bool:
-        called = self._meet(has_batch=False)
+        called = self._agree(has_batch=False)
         if called:
             self._call(self._batch)
         return called
 
-    def _meet(self, has_batch: bool) -> bool:
-        """Whether a rank has a batch for this call; every rank has one to call with, then."""
+    def _agree(self, has_batch: bool) -> bool:
+        """Return whether any rank has a batch; afterwards every rank has one to call with."""
         size, rank = self._world.size, self._world.rank
-        said = torch.tensor([(size - rank) * has_batch, int(self._batch is None)])
-        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self._world.cpu_group)
-        first, lacking = said.tolist()
-        if first and lacking:
+        flags = torch.tensor([(size - rank) * has_batch, int(self._batch is None)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._world.cpu_group)
+        first, any_without = flags.tolist()
+        if first and any_without:
             given = self._world.broadcast(self._batch, size - first)
             self._batch = given if self._batch is None else self._batch
         return bool(first)

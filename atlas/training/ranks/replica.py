@@ -1,4 +1,13 @@
-"""The model as the training loop calls it: compiled, and replicated over the ranks."""
+"""The model as the training loop calls it: compiled, and replicated over the ranks.
+
+Why DDP is warmed up twice: after its first backward pass, DDP rebuilds its buckets in the order in which
+gradients became ready. Another order of buckets is another order of floating-point sums, which differs in
+the last bits. A run that resumes at step 500 would take its first update with the buckets of a new
+process, where the uninterrupted run had rebuilt buckets, and the two would no longer be bit-identical.
+Two backward passes before the first update, whose gradients are thrown away, put every process behind
+that point: the first makes DDP rebuild, the second runs with the rebuilt buckets and shows that they
+stay. Buffers (such as batch statistics) are restored afterwards.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from atlas.training.feeding.randomness import StepSeeds
 from atlas.training.optimization.dynamo import compile_in_place
-from atlas.training.ranks.joint_calls import Calls
+from atlas.training.ranks.joint_calls import Caller
 from atlas.training.ranks.world import World
 
 
 class Replica:
-    """Calls `model`; with several ranks its gradients are averaged over them on the last micro-batch."""
+    """A whole model on every rank; gradients are averaged over the ranks on the last micro-batch."""
 
     def __init__(self, model: nn.Module, world: World, compiled: bool) -> None:
         self._model = model
@@ -30,37 +39,32 @@ class Replica:
     def __call__(self, batch: Any) -> Any:
         return self._call(batch)
 
-    def synchronised(self, yes: bool) -> contextlib.AbstractContextManager[Any]:
-        """The context of a micro-batch whose gradients are averaged over the ranks, or not yet."""
-        if yes or self._world.size == 1:
+    def synchronised(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a micro-batch; gradients are averaged over the ranks in the `last` one."""
+        if last or self._world.size == 1:
             return contextlib.nullcontext()
         return self._call.no_sync()
 
     def evaluating(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of an evaluation."""
+        """Return the context of an evaluation."""
         return contextlib.nullcontext()
 
-    def calls(self, call: Callable[[Any], Any]) -> Calls:
-        """`call`, of the model with a batch, as an evaluation makes it."""
-        return Calls(call)
+    def caller(self, call: Callable[[Any], Any]) -> Caller:
+        """Return `call`, of the model with a batch, in the form that an evaluation uses."""
+        return Caller(call)
 
     def gathered(self, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `state` gives on rank 0, which alone writes; nothing on the others."""
+        """Return `state()` on rank 0, which alone writes, and nothing on other ranks."""
         return state() if self._world.is_main else {}
 
-    def settle(
+    def warm_up(
         self,
         batch: Any,
         step: int,
         seeds: StepSeeds,
         autocast: contextlib.AbstractContextManager[Any],
     ) -> None:
-        """Wrap the model for several ranks, in the state that it will stay in; `batch` is any.
-
-        DDP sorts its buckets anew after the first backward pass, and another order of summation
-        differs in the last bits: a resumed run would not equal the undisturbed one. Two backward
-        passes whose gradients are thrown away put both behind that point.
-        """
+        """Wrap the model in DDP and bring it into the state that it stays in; any `batch` will do."""
         if self._world.size == 1:
             return
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
@@ -72,18 +76,18 @@ class Replica:
             out["loss"].backward()
 
         backward()
-        unused = self._some_unused()
-        self._forget_gradients()
+        unused = self._has_unused()
+        self._drop_gradients()
         self._wrap(find_unused=unused)
         for _ in range(2):
             backward()
-            self._forget_gradients()
+            self._drop_gradients()
         with torch.no_grad():
             for name, buffer in self._model.named_buffers():
                 buffer.copy_(buffers[name])
 
     def _wrap(self, find_unused: bool) -> None:
-        # What is frozen needs neither gradients nor the broadcast of weights and buffers.
+        # Frozen parameters need neither gradients nor the broadcast of weights and buffers.
         trained = {name for name, p in self._model.named_parameters() if p.requires_grad}
         ignored = [n for n, _ in self._model.named_parameters() if n not in trained]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._model, ignored)
@@ -95,13 +99,13 @@ class Replica:
             gradient_as_bucket_view=True,
         )
 
-    def _some_unused(self) -> bool:
-        """Whether the loss leaves some trained parameter out, on any rank."""
+    def _has_unused(self) -> bool:
+        """Return whether the loss leaves out a trained parameter on any rank."""
         none = any(p.requires_grad and p.grad is None for p in self._model.parameters())
         flag = torch.tensor(int(none))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._world.cpu_group)
         return bool(flag)
 
-    def _forget_gradients(self) -> None:
+    def _drop_gradients(self) -> None:
         for parameter in self._model.parameters():
             parameter.grad = None

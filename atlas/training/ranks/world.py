@@ -1,4 +1,4 @@
-"""Which rank this process is, on which device, and what the ranks say to each other."""
+"""Which rank this process is, on which device, and how the ranks exchange values."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from atlas.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others; handed on to whoever needs to know."""
+    """This process as one of the ranks: read from the environment once, and passed on."""
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
-    cpu_group: Any = None  # gloo, for what must not wait for the GPU
+    cpu_group: Any = None  # gloo, for values that must not wait for the GPU
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 alone writes, tracks and shows."""
+        """Whether this is rank 0, which alone writes files, tracks and prints."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks, in place."""
+        """Return the sum of `values` over all ranks, computed in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def count(self, mine: int) -> int:
-        """The sum of a number that each rank has on its CPU."""
+        """Return the sum over all ranks of a number on the CPU."""
         if self.size == 1:
             return mine
         total = torch.tensor(mine)
@@ -43,16 +43,16 @@ class World:
         return int(total)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             dist.barrier(group=self.cpu_group)
 
     def from_main(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
+        """Return rank 0's `value` on every rank."""
         return self.broadcast(value, source=0)
 
     def broadcast(self, value: Any, source: int) -> Any:
-        """The `value` of rank `source`, on every rank."""
+        """Return the `value` of rank `source` on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -60,24 +60,24 @@ class World:
         return box[0]
 
 
-def is_cut(value: Any) -> bool:
-    """Whether a tensor is spread over the ranks (a DTensor, whose import takes a second)."""
+def is_sharded(value: Any) -> bool:
+    """Return whether a tensor is a DTensor, told without its import, which takes a second."""
     return hasattr(value, "full_tensor")
 
 
-def local(value: Any) -> torch.Tensor:
-    """This rank's part of a tensor that is cut, in the same memory; any other as it is."""
-    return value.to_local() if is_cut(value) else value
+def local_part(value: Any) -> torch.Tensor:
+    """Return this rank's part of a sharded tensor, in the same memory; any other tensor itself."""
+    return value.to_local() if is_sharded(value) else value
 
 
-def init(device: str) -> World:
-    """Join the other ranks as the environment says; `device` is auto, cuda or cpu."""
+def join_ranks(device: str) -> World:
+    """Join the process group that the environment describes; `device` is auto, cuda or cpu."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     where = choose_device(device, local_rank)
     if where.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(int(os.environ.get("ATLAS_THREADS", 0)) or spare_core(size))
+        torch.set_num_threads(int(os.environ.get("ATLAS_THREADS", 0)) or threads_per_rank(size))
     group = None
     if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         timeout = datetime.timedelta(minutes=30)
@@ -87,17 +87,17 @@ def init(device: str) -> World:
     return World(rank, local_rank, size, where, group)
 
 
-def spare_core(world_size: int) -> int:
-    """Threads for a rank on the CPU: all cores but one, shared by the ranks.
+def threads_per_rank(world_size: int) -> int:
+    """Return how many threads a rank on the CPU computes with: all cores but one, shared by the ranks.
 
-    A core is left to the shipper and the data: threads that wait for each other on a core that is
-    taken are many times slower than one thread fewer.
+    One core is left to the shipper and the data workers. Threads that wait for one another on a core
+    that is taken make a step many times slower, and one thread fewer costs little.
     """
     return max(1, (len(os.sched_getaffinity(0)) - 1) // world_size)
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
-    """The device of `local_rank`; CUDA that was asked for and is not there is an error."""
+    """Return the device of `local_rank`; raise `ConfigError` if CUDA is asked for and missing."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -112,7 +112,7 @@ def choose_device(device: str, local_rank: int) -> torch.device:
 
 
 def shared_store(timeout: datetime.timedelta) -> Any:
-    """The key-value store at MASTER_ADDR:MASTER_PORT that every rank reaches."""
+    """Return the key-value store at MASTER_ADDR:MASTER_PORT, which every rank can reach."""
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", timeout=timeout))
@@ -120,7 +120,7 @@ def shared_store(timeout: datetime.timedelta) -> Any:
     return store
 
 
-def finish() -> None:
-    """Leave the group of ranks."""
+def leave_ranks() -> None:
+    """Leave the process group."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

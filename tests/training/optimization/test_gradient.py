@@ -18,8 +18,7 @@ from atlas.schedule import Constant, LearningRate
 from atlas.training.feeding.stream import TrainStream
 from atlas.training.optimization.gradient import Gradient, Sums
 from atlas.training.optimization.optimizer import Optimizer, group_parameters
-from atlas.training.ranks import world as distributed
-from atlas.training.ranks.world import World
+from atlas.training.ranks.world import World, join_ranks, leave_ranks
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 CUTS = [(1, 32), (2, 16), (4, 8), (32, 1)]
@@ -185,11 +184,11 @@ def as_rank(rank: int, port: int, tell: Any) -> None:
     """One of two ranks, whose samples are of different valid length: 1 of 6 steps on rank 1."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    world = distributed.init("cpu")
+    world = join_ranks("cpu")
     for weight in (None, "tensor", "number"):
         for detailed in (True, False):
             tell.send((str(weight), detailed, *over_ranks(world, weight, detailed)))
-    distributed.finish()
+    leave_ranks()
 
 
 def over_ranks(world: World, weight: str | None, detailed: bool) -> tuple[float, float]:

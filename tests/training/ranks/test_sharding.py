@@ -45,7 +45,7 @@ from atlas.training import job
 from atlas.training.dry_run import memory, preflight
 from atlas.training.optimization.optimizer import freeze, group_parameters
 from atlas.training.ranks import sharding
-from atlas.training.ranks.world import is_cut, local
+from atlas.training.ranks.world import is_sharded, local_part
 from atlas.training.trainer import Trainer
 from atlas.training.validation import Validation
 from launchers.launch import resolve
@@ -106,16 +106,16 @@ def frozen_stay() -> Iterator[None]:
         told = memory.weights(parts.model, int(os.environ["WORLD_SIZE"]))
         cut = sharding.shard(parts, *others)
         fixed = [p for p in parts.model.parameters() if not p.requires_grad]
-        assert fixed and all(map(is_cut, fixed))
+        assert fixed and all(map(is_sharded, fixed))
         if os.environ["RANK"] == "0":  # which has the largest parts
-            held = sum(memory.size(local(p)) for p in parts.model.parameters())
+            held = sum(memory.size(local_part(p)) for p in parts.model.parameters())
             assert held == sum(told.values()) - told["buffers"]
-        before.extend((p, local(p).clone()) for p in fixed)
+        before.extend((p, local_part(p).clone()) for p in fixed)
         return cut
 
     job.shard = shard
     yield
-    assert all(torch.equal(local(p), value) for p, value in before)
+    assert all(torch.equal(local_part(p), value) for p, value in before)
 
 
 def finish(run: Run, ranks: int) -> Run:
@@ -291,8 +291,8 @@ def gathered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def noted(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if isinstance(block, FSDPModule) and not torch.is_grad_enabled():
-            assert all(is_cut(p) for other in done for p in other.parameters())
-            assert not any(map(is_cut, block.parameters()))
+            assert all(is_sharded(p) for other in done for p in other.parameters())
+            assert not any(map(is_sharded, block.parameters()))
             done.append(block)
         return forward(block, x)
 
@@ -354,10 +354,10 @@ def test_what_is_gathered_at_once() -> None:
         head=nn.Linear(2, 2),
     )
     # Inner ones first; what has no parameters or no forward is none.
-    names = [name for name, _ in sharding.blocks(model)]
+    names = [name for name, _ in sharding.units(model)]
     assert names == ["deep.0.1", "deep.0.0.inner.0", "deep.0.0", ""]
-    assert sharding.block_of(model)["deep.0.0.inner.0.bias"] == "deep.0.0.inner.0"
-    assert sharding.block_of(model)["head.bias"] == ""
+    assert sharding.unit_of(model)["deep.0.0.inner.0.bias"] == "deep.0.0.inner.0"
+    assert sharding.unit_of(model)["head.bias"] == ""
 
 
 def shared() -> nn.Module:
@@ -380,7 +380,7 @@ def shared() -> nn.Module:
 )
 def test_what_cannot_be_cut(model: Any, named: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        sharding.check(model())
+        sharding.check_shardable(model())
     (problem,) = error.value.problems
     assert unnamed(problem, "cluster.sharding=fsdp2", "cluster.sharding=null", *named) == []
 
@@ -388,7 +388,7 @@ def test_what_cannot_be_cut(model: Any, named: list[str]) -> None:
 def test_types_may_differ_where_weights_are_frozen() -> None:
     model = Own(a=nn.Linear(2, 2), b=nn.Linear(2, 2).bfloat16())
     freeze(group_parameters(model, {"b": 0}))
-    sharding.check(model)
+    sharding.check_shardable(model)
 
 
 @pytest.mark.parametrize(
