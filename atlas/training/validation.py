@@ -65,25 +65,25 @@ class Validation:
     def run(
         self,
         model: nn.Module,
-        calls: Callable[[Callable[[Any], Any]], Caller],
+        caller: Callable[[Callable[[Any], Any]], Caller],
         interrupted: Callable[[], bool],
         wait: Callable[[Callable[[], Any]], Any],
     ) -> dict[str, float]:
         """`val/loss` and the model's other scalars, each the mean over all valid elements.
 
-        The model is called by way of `calls`. `interrupted` is asked on all ranks the same number of
+        The model is called through `caller`. `interrupted` is asked on all ranks the same number of
         times; where it says yes, `Interrupted` is raised on all of them. Data is waited for by
         `wait`, as in training.
         """
         began = time.perf_counter()
-        forward = calls(self._on_device(model))
+        forward = caller(self._on_device(model))
         with ending(iter(self._stream)) as batches:
             sums = self._measure(forward, interrupted, lambda: wait(lambda: _next(batches)))
         # The mean of nothing, where every sample was left out, is no loss of 0.
         weight = sums.pop("weight") or math.nan
         metrics = {f"val/{name}": value / weight for name, value in sums.items()}
         metrics.update(self._against_baselines(metrics))
-        metrics.update(self._rollouts(model, calls))
+        metrics.update(self._rollouts(model, caller))
         metrics["val/time_s"] = time.perf_counter() - began
         return metrics
 
@@ -127,13 +127,13 @@ class Validation:
         }
 
     def _rollouts(
-        self, model: Any, calls: Callable[[Callable[[Any], Any]], Caller]
+        self, model: Any, caller: Callable[[Callable[[Any], Any]], Caller]
     ) -> dict[str, float]:
         """The mean of each outcome over the data set's scenes, such as `val/success`."""
         scenes = range(scenes_of(self._dataset))
         if not scenes:
             return {}
-        policy = calls(self._on_device(model.act))
+        policy = caller(self._on_device(model.act))
 
         def act(batch: Mapping[str, Any]) -> torch.Tensor:
             actions: torch.Tensor = policy(batch)

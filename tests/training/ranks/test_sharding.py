@@ -93,7 +93,7 @@ def as_rank(run: Run, rank: int, ranks: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     sys.path.insert(0, str(OWN))
     with Stop() as stop, frozen_stay():
-        outcome = job.train(run, None, stop)
+        outcome = job.train(run, run.read_config(), None, stop)
     os._exit(outcome.code)
 
 
