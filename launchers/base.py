@@ -89,4 +89,4 @@ class Launcher(abc.ABC):
 
     @abc.abstractmethod
     def _ranks_per_node(self, wanted: int | str) -> int:
-        """Return the number that `cluster.nproc_per_node` stands for, which can be `auto`."""
+        """Return the number that `cluster.nproc_per_node` means, which can be `auto`."""

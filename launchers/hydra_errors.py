@@ -97,9 +97,8 @@ def describe(error: Exception) -> str:
         if isinstance(parent, DictConfig) and "not in struct" in str(cause):
             known = [str(name) for name in parent]
             remedy = f"to add a key of your own: +{key}=…"
-            if key.startswith(
-                f"{MULTIPLIERS}."
-            ):  # + would take the dots of a module's path as levels
+            # With + Hydra would take the dots of a module's path as levels.
+            if key.startswith(f"{MULTIPLIERS}."):
                 module = key.removeprefix(f"{MULTIPLIERS}.")
                 remedy = f"another module of the model: '++{MULTIPLIERS}={{{module}:…}}'"
             near = nearest(key.rpartition(".")[2], known)
@@ -108,9 +107,7 @@ def describe(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, HydraException):
         return text
-    return (
-        f"the overrides cannot be composed: {text} (was a group given something else than a name?)"
-    )
+    return f"the overrides cannot be composed: {text} (is the value of a group not a name?)"
 
 
 def first_line(error: OmegaConfBaseException) -> str:

@@ -21,8 +21,8 @@ class LocalLauncher(Launcher):
     """Runs in the foreground: `submit` returns when all runs have ended.
 
     `runs_at_once` bounds how many runs of a sweep share the CPU (`auto`: as many as there are cores
-    for); on GPUs it is as many as there are GPUs for. `required_gpus` is for a cluster that stands
-    for one kind of machine: another number of visible GPUs is an error.
+    for); on GPUs it is as many as there are GPUs for. With `required_gpus`
+    another number of visible GPUs is an error.
     """
 
     name = "local"

@@ -24,10 +24,12 @@ class AtlasSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        """Keep what Hydra gives its plugins: the loader of configurations and the base of them."""
         self._loader: Any = hydra_context.config_loader
         self._config = config
 
     def sweep(self, arguments: list[str]) -> Any:
+        """Run every combination of the values in `arguments`, the overrides that were typed."""
         from launchers.launch import user_modules
         from launchers.sweep import Trial, run_sweep
 
@@ -85,12 +87,14 @@ class AtlasLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
+        """Keep what Hydra gives its plugins: the loader of configurations and the base of them."""
         self._loader: Any = hydra_context.config_loader
         self._config = config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        """Run one trial for each of `job_overrides`, and return how each ended."""
         from launchers.launch import resolve, user_modules
         from launchers.sweep import Trial, objectives
 
