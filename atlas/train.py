@@ -1,4 +1,4 @@
-"""`atlas/train.py --config FILE [overrides]`: the command line of one file instead of groups.
+"""`atlas/train.py --config FILE [overrides]`: one file of values instead of groups.
 
 torchrun --nproc_per_node=8 atlas/train.py --config atlas/configs/train_config.yaml
 """
@@ -6,7 +6,7 @@ torchrun --nproc_per_node=8 atlas/train.py --config atlas/configs/train_config.y
 import sys
 from pathlib import Path
 
-# Run by path, Python puts this folder first, where modules are named like the standard library's.
+# For a script, Python puts its folder first: atlas/, whose modules would hide others of their name.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import hydra

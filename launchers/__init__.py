@@ -1,1 +1,1 @@
-"""How runs are started: here, on this machine's GPUs or through a queue."""
+"""Starting runs: on this machine, under torchrun, or through Slurm's queue."""

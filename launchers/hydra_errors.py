@@ -50,7 +50,7 @@ def report_errors(typed: CommandLine | None = None) -> Iterator[None]:
 
 
 def is_correctable(error: Exception) -> bool:
-    """Return whether the user can correct `error`, so that a message says enough."""
+    """Return whether the user can correct `error`, so that a message without a traceback is enough."""
     return isinstance(error, AtlasError) or _is_of_file(error) or _is_of_composition(error)
 
 
