@@ -103,6 +103,16 @@ class TrackingSettings:
     log_best: bool = key()  # whether the best checkpoint becomes an artifact
     wait_s: float = key(minimum=0)  # seconds that the end of a run waits for points to be sent
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "TrackingSettings":
+        """Return this section of a frozen `config`, for processes that need no other."""
+        return read(cls, config["tracking"], "tracking.")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether metrics are sent at all."""
+        return self.kind != "none"
+
 
 @dataclass(frozen=True)
 class ScheduleSettings:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from atlas.config.schema import TrackingSettings
 from atlas.record import journal
 from atlas.record.shipping.shipper import open_shipper
 from atlas.run.directory import Run
@@ -26,7 +27,7 @@ PREEMPTED_WAIT_S = 5.0  # the queue is waiting for the machine
 class Tracker(abc.ABC):
     """What training records with, in the order of a run: `resume`, many `log`, and `close`.
 
-    tracker = RunTracker(run, lock, config) if lock else NullTracker()
+    tracker = RunTracker(run, lock, settings.tracking, log_samples=True) if lock else NullTracker()
     tracker.resume(step)
     tracker.log(step, {"train/loss": 0.5})
     tracker.log_samples(step, [3, 1, 4])
@@ -95,15 +96,15 @@ class NullTracker(Tracker):
 class RunTracker(Tracker):
     """Records metrics, sample ids and the state of a run in its directory, on rank 0."""
 
-    def __init__(self, run: Run, lock: Lock, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: Run, lock: Lock, tracking: TrackingSettings, log_samples: bool) -> None:
         self._run = run
         self._lock = lock
         self._journal = journal.Journal(run.journal_file, before_write=lock.require_mine)
         self._samples: list[str] = []
-        self._samples_on = bool(config["trainer"]["log_samples"])
-        self._shipper = open_shipper(run, config["tracking"])
+        self._samples_on = log_samples
+        self._shipper = open_shipper(run, tracking)
         self._is_shipping = False
-        self._wait_s = float(config["tracking"]["wait_s"])
+        self._wait_s = tracking.wait_s
         self._last: dict[str, float] = {}
         self._status_at = time.monotonic()
         self._warned: str | None = None

@@ -61,10 +61,17 @@ def train(run: Run, config: Mapping[str, Any], lock: Lock | None, stop: Stop) ->
             state=state,
             ema=ema,
         )
-        tracker = RunTracker(run, lock, config) if lock else NullTracker()
+        tracker = open_tracker(run, lock, settings)
         return fit(tracker, settings.trainer, world, state, trainer)
     finally:
         leave_ranks()
+
+
+def open_tracker(run: Run, lock: Lock | None, settings: Settings) -> Tracker:
+    """Return what this rank records with; only rank 0 has the `lock`, and records."""
+    if lock is None:
+        return NullTracker()
+    return RunTracker(run, lock, settings.tracking, settings.trainer.log_samples)
 
 
 def begin(

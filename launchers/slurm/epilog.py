@@ -34,6 +34,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from atlas.config.schema import TrackingSettings
 from atlas.errors import AtlasError
 from atlas.run.directory import Run
 from atlas.run.failures import CRASH, MEMORY, PREEMPTED, describe_failure, may_retry
@@ -145,12 +146,12 @@ def retry(run: Run, failure: Mapping[str, Any]) -> None:
 
 def sync(run: Run) -> None:
     """Send the reason to MLflow; if rank 0 has sent one, it was what it saw itself."""
-    tracking = run.read_config()["tracking"]
-    if tracking["kind"] == "none":
+    tracking = TrackingSettings.of(run.read_config())
+    if not tracking.is_on:
         return
     command = [sys.executable, "-m", "atlas.cli", "sync", str(run.path)]
     try:
-        subprocess.run(command, timeout=float(tracking["wait_s"]), stdin=subprocess.DEVNULL)
+        subprocess.run(command, timeout=tracking.wait_s, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         print(f"MLflow could not be reached; later: atlas sync {run.path}", flush=True)
 

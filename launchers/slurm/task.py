@@ -127,4 +127,4 @@ def is_time_limit(run: Run) -> bool:
     # The time that was left when the run was saved: sending the last metrics took some since then.
     saved = [path.stat().st_mtime for path in run.checkpoints.glob("[0-9]*/meta.json")]
     since = time.time() - max(saved, default=time.time())
-    return left + since <= float(run.read_config()["cluster"]["signal_delay_s"]) + EARLY_S
+    return left + since <= run.read_config()["cluster"]["signal_delay_s"] + EARLY_S

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from atlas.config.schema import TrackingSettings
 from atlas.errors import RunBusyError
 from atlas.record import tracker as tracking
 from atlas.record.tracker import NullTracker, RunTracker, Tracker
@@ -63,18 +64,19 @@ def shipper(run: Run, monkeypatch: pytest.MonkeyPatch) -> FakeShipper:
     return fake
 
 
-def configuration(outputs: Path, log_samples: bool = True) -> dict[str, Any]:
+def configuration(outputs: Path) -> dict[str, Any]:
     return {
         "name": "demo",
         "outputs": str(outputs),
         "data": {"batch_size": 8},
-        "trainer": {"steps": 100, "accumulate": 1, "log_samples": log_samples},
-        "tracking": {"kind": "mlflow", "wait_s": 7},
+        "trainer": {"steps": 100, "accumulate": 1},
+        "tracking": {"kind": "mlflow", "log_best": False, "wait_s": 7},
     }
 
 
 def opened(run: Run, lock: Lock, log_samples: bool = True) -> RunTracker:
-    return RunTracker(run, lock, configuration(run.path.parent.parent, log_samples))
+    tracking = TrackingSettings.of(run.read_config())
+    return RunTracker(run, lock, tracking, log_samples)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

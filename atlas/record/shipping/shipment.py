@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from atlas.config.schema import TrackingSettings
 from atlas.config.secrets import without_credentials
 from atlas.record import journal
 from atlas.record.report import Report
@@ -44,7 +45,8 @@ class Shipment:
         self.pause = POLL_S  # until the next turn, in seconds
         self._is_expired = is_expired
         self._config = run.read_config()
-        self._uri = tracking_uri(run, self._config)
+        self._tracking = TrackingSettings.of(self._config)
+        self._uri = tracking_uri(run, self._tracking)
         self._cursor = Cursor.at(run, without_credentials(self._uri), again)
         self._store: Store | None = None
         self._report = Report(run)
@@ -124,7 +126,7 @@ class Shipment:
 
     def _opened(self) -> Store:
         if self._store is None:
-            store = Store(self._uri, artifact_root(self.run, self._uri, self._config))
+            store = Store(self._uri, artifact_root(self._uri, self._tracking))
             store.open(self.run, self._config, self._cursor, self._is_running)
             self._cursor.save(self.run)
             self._store = store
@@ -173,7 +175,7 @@ class Shipment:
         for file in (run.report_file, run.evaluation_file, run.evaluation_picture):
             store.upload(file, self._cursor)
         if self._is_over:
-            if self._config["tracking"].get("log_best"):
+            if self._tracking.log_best:
                 store.upload(run.checkpoints / "best", self._cursor)
             store.close(run, self._config)
             note_run_id(run, self._cursor)

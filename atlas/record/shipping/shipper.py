@@ -15,8 +15,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from atlas.config.schema import TrackingSettings
 from atlas.record.shipping.cursor import Cursor
 from atlas.record.shipping.writer import END, HANDLED, PARENT
 from atlas.run.directory import Run
@@ -31,7 +31,7 @@ NAMED_RUNS = 3  # in a message
 class Shipper(abc.ABC):
     """Sends runs to MLflow while they grow; training neither waits for it nor fails with it.
 
-    shipper = open_shipper(run, config["tracking"])
+    shipper = open_shipper(run, settings.tracking)
     shipper.start()            # with the lock of the run held
     print(shipper.warning())   # at any time
     print(shipper.finish(60))  # the journal is closed and the status holds the final state
@@ -183,20 +183,18 @@ class ProcessShipper(Shipper):
         return None
 
 
-def open_shipper(run: Run, tracking: Mapping[str, Any]) -> Shipper:
-    """Return the shipper that `config["tracking"]` asks for; it is not started."""
+def open_shipper(run: Run, tracking: TrackingSettings) -> Shipper:
+    """Return the shipper that `tracking` asks for; it is not started."""
     if SHIPPED_BY_POOL in os.environ:
         return NullShipper()
-    if tracking["kind"] == "none":
-        return ReportShipper(run)
-    return ProcessShipper([run], float(tracking["wait_s"]))
+    return ProcessShipper([run], tracking.wait_s) if tracking.is_on else ReportShipper(run)
 
 
 def open_pool_shipper(runs: Sequence[Run]) -> ProcessShipper:
     """Return the one shipper of a pool; runs that start after it leave their shipping to it."""
-    settings = [run.read_config()["tracking"] for run in runs]
-    tracked = [run for run, each in zip(runs, settings, strict=True) if each["kind"] != "none"]
-    return ProcessShipper(runs, max(float(each["wait_s"]) for each in settings), tracked)
+    settings = {run: TrackingSettings.of(run.read_config()) for run in runs}
+    tracked = [run for run, tracking in settings.items() if tracking.is_on]
+    return ProcessShipper(runs, max(each.wait_s for each in settings.values()), tracked)
 
 
 def _is_stuck(cursors: Mapping[Run, Cursor], left: Mapping[Run, int]) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from atlas.config.schema import TrackingSettings
 from atlas.errors import AtlasError
 from atlas.record.report import Report
 from atlas.record.shipping.cursor import Cursor, Shipped
@@ -73,7 +74,7 @@ def sync(runs: Sequence[Run], follow: bool = False, again: bool = False) -> Iter
     parent = Parent(listen=follow)
     tasks = [
         _TrackedRun(run, Writer(run, parent) if follow else None, parent, again)
-        if run.read_config()["tracking"]["kind"] != "none"
+        if TrackingSettings.of(run.read_config()).is_on
         else _UntrackedRun(run, Writer(run, parent) if follow else None)
         for run in runs
     ]

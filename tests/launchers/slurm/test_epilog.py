@@ -42,7 +42,7 @@ def failed_job(
     """A run whose ranks have just ended, that had 4 updates saved before attempt `attempt`."""
     run = Run(folder / "run")
     run.logs.mkdir(parents=True)
-    run.config_file.write_text("tracking: {kind: none}\n")
+    run.config_file.write_text("tracking: {kind: none, log_best: false, wait_s: 60}\n")
     run.update_status(state=state, job_id=JOB, restarts=1, step=saved, reason=None)
     (run.checkpoints / "00000004").mkdir(parents=True)
     epilog.note_attempt(run, run.path, JOB, attempt)

@@ -86,7 +86,7 @@ def make_run(outputs: Path, seed: int = 1, kind: str = "mlflow") -> Run:
         "seed": seed,
         "data": {"batch_size": 8},
         "trainer": {"steps": 100, "accumulate": 1},
-        "tracking": {"kind": kind},
+        "tracking": {"kind": kind, "log_best": False, "wait_s": 60},
     }
     run = Run.locate(config, 1)
     run.create(config, 1, Provenance.collect([]))

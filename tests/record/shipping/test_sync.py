@@ -27,6 +27,7 @@ from commands import quick, train, unnamed
 
 import atlas.record.shipping.shipment as shipping
 from atlas.cli import main
+from atlas.config.schema import TrackingSettings
 from atlas.errors import AtlasError
 from atlas.record.journal import Journal
 from atlas.record.shipping.cursor import Cursor, Shipped
@@ -345,7 +346,7 @@ def test_a_shipper_sends_a_growing_journal(outputs: Path) -> None:
     run = make_run(outputs)
     lock = run.lock
     lock.acquire()
-    shipper = open_shipper(run, run.read_config()["tracking"])
+    shipper = open_shipper(run, TrackingSettings.of(run.read_config()))
     shipper.start()
     for part in range(4):
         write(run, range(100 * part, 100 * part + 100))
@@ -700,7 +701,7 @@ def test_without_tracking_mlflow_is_not_imported(outputs: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
     assert run.report_file.exists() and not run.mlflow_file.exists()
     run.report_file.unlink()
-    shipper = open_shipper(run, run.read_config()["tracking"])
+    shipper = open_shipper(run, TrackingSettings.of(run.read_config()))
     assert isinstance(shipper, ReportShipper)
     shipper.start()
     assert shipper.warning() is None and shipper.finish() is None
