@@ -68,7 +68,7 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
     for section in CLOSED:
         known = [k.partition(".")[2] for k in KEYS if k.startswith(f"{section}.")]
         for key, value in (config.get(section) or {}).items():
-            if key not in known and not is_secret(key, value):  # secrets are told of below
+            if key not in known and not is_secret(key, value):  # `_secrets` reports those
                 yield f"{section}.{key} is not a key of Atlas{nearest(key, known)}"
 
 
@@ -94,7 +94,7 @@ def _multipliers(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _secrets(config: Mapping[str, Any]) -> Iterator[str]:
-    """Values that must not be kept; they are not repeated in the message either."""
+    """Yield the keys of secrets; the message does not repeat a value that must not be kept."""
     for key, value in flatten(config).items():
         if is_secret(key, value):
             yield (
