@@ -281,7 +281,9 @@ def test_a_failure_that_is_not_tried_again(tmp_path, how, rank, after, restarts,
     assert field(job, "Restarts") == restarts and status(run)["restarts"] == int(restarts)
     assert status(run)["state"] == "failed" and kind in status(run)["reason"]
     first = Run(run).read_failure()
-    assert (first["kind"], first["rank"]) == (kind, rank)
+    assert first["kind"] == kind
+    if how != "raise":  # then both ranks exit at once, and srun may name them together
+        assert first["rank"] == rank
     assert unnamed(log(run, job).splitlines()[-1], "failed", rank, first["host"], kind) == []
     # Not what rank 0 has seen of it, which it sent before the first reason was known.
     sent = MlflowClient(tracking_uri=uri).get_run(status(run)["mlflow_run_id"])
