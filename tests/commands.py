@@ -21,7 +21,9 @@ PROBLEM = re.compile(r"^(?:error: | +- )([A-Za-z_][\w./]*)", re.M)
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a test's process: one thread, and no tracking server from outside."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_"))}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "SLURM_", "HYDRA_"))
+    }
     return {**kept, "OMP_NUM_THREADS": "1", **more}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,3 +17,10 @@ def one_torch_thread() -> None:
     """For a torch that was imported before this file."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_full_errors_of_hydra() -> Iterator[None]:
+    """Take back what `report_errors` sets in this process: child processes would inherit it."""
+    yield
+    os.environ.pop("HYDRA_FULL_ERROR", None)

@@ -39,7 +39,10 @@ def end_of(ranks: Ranks) -> int:
     ],
 )
 def test_exit_code_of_a_run(run, codes, code, state):
-    ranks = Ranks(run, [fork(leave, each) for each in codes])
+    processes = [fork(leave, each) for each in codes]
+    for process in processes:  # or the first failure to be seen would decide
+        process.join()
+    ranks = Ranks(run, processes)
     assert end_of(ranks) == code
     assert run.read_status().state == state
     assert ranks.sentinels == []

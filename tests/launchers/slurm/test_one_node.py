@@ -284,7 +284,9 @@ def test_a_failure_that_is_not_tried_again(tmp_path, how, rank, after, restarts,
     assert first["kind"] == kind
     if how != "raise":  # then both ranks exit at once, and srun may name them together
         assert first["rank"] == rank
-    assert unnamed(log(run, job).splitlines()[-1], "failed", rank, first["host"], kind) == []
+    assert (
+        unnamed(log(run, job).splitlines()[-1], "failed", first["rank"], first["host"], kind) == []
+    )
     # Not what rank 0 has seen of it, which it sent before the first reason was known.
     sent = MlflowClient(tracking_uri=uri).get_run(status(run)["mlflow_run_id"])
     assert sent.data.tags["atlas.reason"] == status(run)["reason"]
